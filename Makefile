@@ -1,0 +1,55 @@
+# `make serve`, `make test` and `make check` do all the set-up that they need, once.
+PYTHON ?= python3.11
+VENV ?= $(or $(BREAKEVEN_VENV),.venv)
+CACHE ?= $(or $(BREAKEVEN_CACHE),.cache)
+BIN := $(VENV)/bin
+SET_UP := $(PYTHON) scripts/bootstrap.py --venv "$(VENV)" --cache "$(CACHE)"
+# Released with the locks in requirements/; another one may order or annotate them differently.
+UV := uv==0.13.9
+# Where uv finds torch's +cpu build.
+LOCK_ARGS ?= --torch-backend cpu
+
+export BREAKEVEN_CACHE := $(abspath $(CACHE))
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev python serve test check lock clean
+
+# $(call step,name,command): say what runs, and how long it took.
+step = @printf '==> %s\n' '$(1)'; s=$$(date +%s); $(2) && printf '    done in %s s\n' "$$(($$(date +%s) - s))"
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: python ## make the virtual environment and the default model
+	@$(SET_UP)
+
+setup-dev: python
+	@$(SET_UP) --dev
+
+# The shell's own "not found" names no remedy.
+python:
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 with venv (Debian: apt install python3.11 python3.11-venv), or set PYTHON=/path/to/python3.11" >&2; exit 1; }
+
+# exec: Ctrl-C and SIGTERM reach the cluster itself, not a shell around it.
+serve: setup ## run the cluster; options: make serve ARGS="--prefill 1 --decode 2"
+	@exec $(BIN)/python -m cluster serve $(ARGS)
+
+test: setup-dev ## run every test that this machine can; options: make test ARGS="-k plan"
+	$(call step,tests,$(BIN)/python -m pytest -m "not gpu" $(ARGS))
+
+check: setup-dev ## format, lint, types, layers and unit tests, in under a minute
+	$(call step,format,$(BIN)/ruff format --check .)
+	$(call step,lint,$(BIN)/ruff check .)
+	$(call step,types,$(BIN)/mypy)
+	$(call step,layers,$(BIN)/lint-imports)
+	$(call step,unit tests,$(BIN)/python -m pytest -q tests/unit -m "not engine and not real_model and not gpu")
+
+lock: setup ## resolve requirements/*.in into the locked sets
+	$(call step,fetch uv,$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV))
+	$(call step,lock cpu,$(BIN)/uv pip compile --quiet --python $(BIN)/python $(LOCK_ARGS) --no-header --annotation-style line --override requirements/cpu.overrides requirements/cpu.in -o requirements/cpu.txt)
+	$(call step,lock dev,$(BIN)/uv pip compile --quiet --python $(BIN)/python $(LOCK_ARGS) --no-header --annotation-style line -c requirements/cpu.txt requirements/dev.in -o requirements/dev.txt)
+
+# Only what lies in the checkout: VENV and BREAKEVEN_CACHE may name folders shared with others.
+clean: ## remove .venv, .cache with the default model, and the tools' caches
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

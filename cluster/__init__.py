@@ -1,0 +1,1 @@
+"""Configuration, wiring, scaling and the command line."""

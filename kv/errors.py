@@ -1,0 +1,43 @@
+"""Errors of the `kv` package.
+
+KVError
+├── BlockError      token ids or bytes that cannot be named as blocks
+├── CatalogueError  a catalogue that cannot be built
+├── CurveError      samples or coefficients that give no cost curve
+├── PlanError       spans that do not cover a prompt, or a plan that cannot be shown
+└── SizeError       a KV shape without a size
+"""
+
+
+class KVError(Exception):
+    """Something in `kv` was refused: who, the numbers, and the remedy.
+
+    Takes positional arguments only, so that it survives pickling between processes.
+    """
+
+    def __init__(self, subject: str, numbers: str, remedy: str) -> None:
+        super().__init__(subject, numbers, remedy)
+
+    def __str__(self) -> str:
+        subject, numbers, remedy = self.args
+        return f"{subject}: {numbers}; {remedy}"
+
+
+class BlockError(KVError):
+    """Token ids or packed bytes cannot be cut into blocks."""
+
+
+class CatalogueError(KVError):
+    """The catalogue cannot be built as asked."""
+
+
+class CurveError(KVError):
+    """Samples or coefficients do not describe a cost."""
+
+
+class PlanError(KVError):
+    """A plan contradicts itself or cannot be shown in a header."""
+
+
+class SizeError(KVError):
+    """A KV shape has no size."""

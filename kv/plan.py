@@ -1,0 +1,138 @@
+"""The vocabulary of a plan: where each span of a prompt comes from, and why that was chosen."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from math import isfinite
+
+from kv.errors import PlanError
+
+# Visible ASCII without the characters that separate the parts of a header.
+REPLICA_NAME = re.compile(r"[!-:<>-?A-~]+")
+
+
+class Shape(StrEnum):
+    """What a plan does; P is the prefill replica, D the decode replica."""
+
+    LOCAL = "local"  # D uses its own hit and computes the rest
+    REMOTE = "remote"  # P computes from its own hit and hands off to D
+    FETCH = "fetch"  # D fetches a cached prefix and computes the suffix
+    FETCH_REMOTE = "fetch-remote"  # P fetches the prefix, computes the suffix and hands off
+    SPLIT = "split"  # P computes the head while D fetches the tail
+
+
+class Source(StrEnum):
+    """Where the KV of a span comes from."""
+
+    HIT = "hit"  # in the replica's device tier already
+    FETCH = "fetch"  # moved into the replica from a tier
+    COMPUTE = "compute"  # prefilled by the replica
+
+
+class Reason(StrEnum):
+    """Why a plan was chosen: the one closed list for logs, metrics, headers and the audit."""
+
+    ONLY_REPLICA = "only_replica"  # nothing else was routable
+    CHEAPER_LOCAL = "cheaper_local"  # computing on D costs less than the best handoff
+    CHEAPER_REMOTE = "cheaper_remote"  # computing on P, with the handoff, costs less than on D
+    NO_PREFILL_REPLICA = "no_prefill_replica"  # several D were routable, but no P
+    PROMPT_LOGPROBS = "prompt_logprobs"  # every position is computed where the answer is made
+    LEAST_LOADED = "least_loaded"  # the kill switch: costs were not looked at
+    PREFILL_LOST = "prefill_lost"  # the next plan after a prefill replica failed
+    DECODE_LOST = "decode_lost"  # the next plan after a decode replica failed
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Prompt tokens [start_token, end_token) and the replica that has, gets or computes their KV.
+
+    Raises PlanError for an empty span or a replica name that does not fit in a header.
+    """
+
+    source: Source
+    start_token: int
+    end_token: int
+    replica: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start_token < self.end_token:
+            raise PlanError(
+                f"{self.source} span at {self.replica}",
+                f"tokens [{self.start_token}, {self.end_token})",
+                "leave empty spans out and start at 0 or later",
+            )
+        if not REPLICA_NAME.fullmatch(self.replica):
+            raise PlanError(
+                "span", f"replica name {self.replica!r}", "use visible ASCII without ; = @"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A plan that was costed and not chosen. `cost_s` is the objective that plans are ranked by."""
+
+    shape: Shape
+    prefill: str | None
+    decode: str
+    predicted_ttft_s: float
+    cost_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The chosen plan of one request: spans that tile its prompt, and the rivals it beat.
+
+    `cost_s` is the objective that plans are ranked by: predicted seconds, plus a price in seconds
+    for GPU time, bytes moved and cache displaced. Raises PlanError for no spans, for spans with a
+    gap, an overlap or a start after token 0, and for a prediction below 0 or not finite.
+    """
+
+    shape: Shape
+    reason: Reason
+    prefill: str | None
+    decode: str
+    spans: tuple[Span, ...]
+    predicted_ttft_s: float
+    cost_s: float
+    rivals: tuple[Rival, ...]
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.predicted_ttft_s) and self.predicted_ttft_s >= 0.0):
+            raise PlanError(
+                f"{self.shape} plan",
+                f"predicted TTFT {self.predicted_ttft_s} s",
+                "cost it with finite curves and queues",
+            )
+        _check_tiling(self.shape, self.spans)
+
+    def header(self) -> str:
+        """The value of `x-breakeven-plan`: tokens by source and replica, hits first, even if none.
+
+        For instance `remote; hit=96@prefill-0 compute=928@prefill-0; predicted_ttft_ms=812;
+        reason=cheaper_remote`, on one line.
+        """
+        shown = [
+            f"{source}={span.end_token - span.start_token}@{span.replica}"
+            for source in Source
+            for span in self.spans
+            if span.source is source
+        ]
+        if not shown[0].startswith(Source.HIT):
+            shown.insert(0, "hit=0")
+        ttft_ms = round(self.predicted_ttft_s * 1000)
+        spans = " ".join(shown)
+        return f"{self.shape}; {spans}; predicted_ttft_ms={ttft_ms}; reason={self.reason}"
+
+
+def _check_tiling(shape: Shape, spans: tuple[Span, ...]) -> None:
+    covered_tokens = 0
+    for span in spans:
+        if span.start_token != covered_tokens:
+            raise PlanError(
+                f"{shape} plan",
+                f"a span starts at token {span.start_token}, {covered_tokens} are covered",
+                "give spans in prompt order without gaps or overlaps",
+            )
+        covered_tokens = span.end_token
+    if not spans:
+        raise PlanError(f"{shape} plan", "0 spans", "cover the prompt from token 0")

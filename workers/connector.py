@@ -1,0 +1,88 @@
+"""How an engine's KV leaves and arrives: NIXL's configuration, ours in one place.
+
+NIXL and UCX read the process environment when they load, so `prepare` must run before vLLM is
+imported. Everything here works the same on a GPU; only the buffer device differs.
+"""
+
+import importlib
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from workers.messages import Role
+
+# NIXL's Python API hard-codes a progress-thread delay of 0, which makes an idle agent spin a
+# whole core (measured: 1.04 cores, against 0.05 at 1,000 us; prefill 3x slower with two spinning).
+PROGRESS_DELAY_US = 1000
+
+
+def prepare(host: str, ucx_log: Path, transports: str | None) -> int:
+    """Set NIXL's and UCX's environment for this process; returns the side-channel port.
+
+    `transports` is UCX_TLS (None leaves the choice to UCX). UCX writes the lanes it chose to
+    `ucx_log`, which `workers.lanes` reads.
+    """
+    port = _free_port(host)
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = host
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
+    os.environ["UCX_PROTO_INFO"] = "y"
+    os.environ["UCX_LOG_FILE"] = str(ucx_log)
+    if transports:
+        os.environ["UCX_TLS"] = transports
+    return port
+
+
+def calm_progress_thread(delay_us: int = PROGRESS_DELAY_US) -> None:
+    """Make NIXL agents of this process sleep between polls instead of spinning.
+
+    Replaces the config class that `nixl_agent` instantiates by one whose `pthrDelay` keeps our
+    value: upstream offers no parameter for it (nixl 1.5.1, `_api.py`).
+    """
+    api = importlib.import_module("nixl._api")
+    bindings = api.nixlBind
+
+    class CalmConfig(bindings.nixlAgentConfig):  # type: ignore[name-defined,misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, delay_us if name == "pthrDelay" else value)
+
+    class CalmBindings:
+        nixlAgentConfig = CalmConfig
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(bindings, name)
+
+    api.nixlBind = CalmBindings()
+
+
+def transfer_config(role: Role, device: str, lease_s: int) -> dict[str, Any]:
+    """vLLM's `kv_transfer_config` of one replica.
+
+    A failed read recomputes (`recompute`) instead of failing the request. `lease_s` bounds how
+    long a finished prefill's blocks wait for a decode replica that never comes.
+    """
+    return {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
+        "kv_buffer_device": device,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kv_lease_duration": lease_s},
+    }
+
+
+# What a prefill is asked, so that its blocks stay for a decode replica to read.
+KEEP_FOR_DECODE: dict[str, Any] = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port

@@ -1,0 +1,230 @@
+"""What an ingress and a replica say to each other.
+
+This module is all that the router knows of the workers. Tokens, logprobs and block keys travel
+here; prompts as text do not exist on this side of the ingress. vLLM's own structures cross as
+opaque bytes (`body`, `extras`), so that neither the router nor the simulator imports vLLM.
+"""
+
+from enum import StrEnum
+from typing import Any, Protocol
+
+import msgspec
+
+from workers.errors import WireError
+
+# Bumped whenever a message changes shape; a replica of another version is not routable.
+WIRE_VERSION = 1
+
+
+class Role(StrEnum):
+    """The pool that a replica belongs to."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Replica(msgspec.Struct, frozen=True):
+    """Who a replica is, as it announces itself; constant for the life of one engine.
+
+    `epoch` differs between two engines that carried the same name: blocks, curves and NIXL
+    state of an earlier epoch are void.
+    """
+
+    name: str
+    role: Role
+    epoch: str
+    address: str
+    node: str
+    pid: int
+    model: str
+    block_tokens: int
+    kv_bytes_per_token: int
+    kv_blocks: int
+    max_num_seqs: int
+    # (new tokens, cached tokens, seconds) of the prefills timed at start.
+    prefill_samples: tuple[tuple[int, int, float], ...]
+    step_s: float
+    wire_version: int = WIRE_VERSION
+
+
+# ------------------------------------------------------------------ ingress to replica
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """Open or keep open a connection; the replica answers the first with `Welcome`.
+
+    Repeated every second: a replica aborts the requests of an ingress that falls silent.
+    """
+
+    ingress: str
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Run one request, or the prefill of one.
+
+    `tokens` is the prompt as packed uint32 (see `kv.block.pack_tokens`); `body` is vLLM's
+    EngineCoreRequest without it. With `role` prefill the engine computes the prompt, keeps the
+    KV under a lease and answers with a handoff; with `handoff` it first takes that KV.
+    """
+
+    request_id: str
+    role: Role
+    tokens: bytes
+    body: bytes
+    handoff: dict[str, Any] | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop these requests and free what they hold."""
+
+    request_ids: list[str]
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Sent to a decode replica: give back the prefill behind `handoff`, nobody will decode it."""
+
+    request_id: str
+    handoff: dict[str, Any]
+
+
+class Resync(msgspec.Struct, frozen=True, tag="resync"):
+    """Send a snapshot of the blocks again: a `Blocks` message was missed."""
+
+
+class Reset(msgspec.Struct, frozen=True, tag="reset"):
+    """Forget every cached block (an operator's order)."""
+
+
+Request = Hello | Submit | Abort | Release | Resync | Reset
+
+# ------------------------------------------------------------------ replica to ingress
+
+
+class Sources(msgspec.Struct, frozen=True):
+    """Where the tokens of a prompt came from on one engine."""
+
+    prompt_tokens: int
+    computed_tokens: int
+    device_tokens: int
+    received_tokens: int
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What one engine step adds to one request.
+
+    `finish_reason` is vLLM's word (stop, length, abort, error, repetition) or None while the
+    request goes on. `extras` is vLLM's EngineCoreOutput when it says more than tokens do.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    sources: Sources | None = None
+    handoff: dict[str, Any] | None = None
+    extras: list[bytes] | None = None
+    error: str | None = None
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """Every delta of one engine step that belongs to this ingress."""
+
+    deltas: list[Delta]
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """Counters since this engine started; they only grow."""
+
+    prompt_tokens_computed: int = 0
+    prompt_tokens_device: int = 0
+    prompt_tokens_received: int = 0
+    generated_tokens: int = 0
+    transfers: int = 0
+    transfer_bytes: int = 0
+    transfer_s: float = 0.0
+    failed_transfers: int = 0
+    expired_leases: int = 0
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """How busy a replica is; sent when it changes and at least once a second.
+
+    `leased` counts finished prefills whose blocks wait for a decode replica to read them.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    pending_prefill_tokens: int = 0
+    leased: int = 0
+    kv_usage: float = 0.0
+    totals: Totals = Totals()
+    lanes: tuple[str, ...] = ()
+
+
+class Blocks(msgspec.Struct, frozen=True, tag="blocks"):
+    """A change of what the engine's paged KV holds, in catalogue keys, stripped of tokens.
+
+    Keys are 16 bytes each, concatenated. `sequence` grows by one a message; a receiver that
+    misses one sends `Resync`. With `snapshot`, `stored` is everything held.
+    """
+
+    sequence: int
+    stored: bytes = b""
+    removed: bytes = b""
+    snapshot: bool = False
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """The answer to a first `Hello`."""
+
+    replica: Replica
+
+
+Reply = Welcome | Step | Load | Blocks
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(Request)
+_replies = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """One message as one frame."""
+    return _encoder.encode(message)
+
+
+def decode_request(frame: bytes, peer: str) -> Request:
+    """A frame from an ingress; raises `WireError` for anything else."""
+    try:
+        return _requests.decode(frame)
+    except msgspec.MsgspecError as error:
+        raise WireError(peer, str(error)) from error
+
+
+def decode_reply(frame: bytes, peer: str) -> Reply:
+    """A frame from a replica; raises `WireError` for anything else."""
+    try:
+        return _replies.decode(frame)
+    except msgspec.MsgspecError as error:
+        raise WireError(peer, str(error)) from error
+
+
+class Inbox(Protocol):
+    """Where a link puts what a replica says; called on the ingress's event loop only."""
+
+    def receive(self, reply: Reply) -> None: ...
+
+
+class Link(Protocol):
+    """One ingress's connection to one replica: the seam between router and engines.
+
+    `workers.channel.ChannelLink` speaks it over ZMQ; `workers.sim.SimEngine` is a replica of
+    its own on the event loop's clock. A contract test holds both to the same behaviour.
+    """
+
+    def send(self, request: Request) -> None:
+        """Queue a message; never blocks. What a dead replica is sent is lost."""
+        ...
+
+    def close(self) -> None:
+        """Drop the connection; the replica aborts what it ran for it."""
+        ...

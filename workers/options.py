@@ -1,0 +1,94 @@
+"""vLLM's own options, from our config's `engine:` mapping.
+
+The same namespace configures the engines and the ingress's API server, so that parsers,
+chat templates, limits and names agree. Unknown options are vLLM's to refuse.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from workers.errors import EngineOptionError
+
+# What Breakeven itself decides; a value from outside would silently break the plan.
+_OURS = frozenset(
+    {
+        "model",
+        "served_model_name",
+        "kv_transfer_config",
+        "kv_events_config",
+        "prefix_caching_hash_algo",
+        "enable_prefix_caching",
+        "host",
+        "port",
+        "api_key",
+        "enable_log_requests",
+        "data_parallel_size",
+        "enable_lora",
+        "lora_modules",
+    }
+)
+
+
+def namespace(
+    model: str, served_names: tuple[str, ...], engine: Mapping[str, Any]
+) -> argparse.Namespace:
+    """vLLM's parsed server arguments; raises `EngineOptionError` in vLLM's own words."""
+    taken = sorted(_OURS & engine.keys())
+    if taken:
+        raise EngineOptionError(", ".join(taken), "set by Breakeven, not by `engine:`")
+    argv = ["--model", model, "--served-model-name", *served_names, "--enable-prefix-caching"]
+    argv += ["--prefix-caching-hash-algo", "sha256_cbor", "--enable-prompt-tokens-details"]
+    argv += [word for name, value in engine.items() for word in _words(name, value)]
+    parser = make_arg_parser(_Parser(prog="engine"))
+    parsed: argparse.Namespace = parser.parse_args(argv)
+    _validate(parsed)
+    parsed.model = model
+    return parsed
+
+
+def engine_config(
+    parsed: argparse.Namespace, transfer: Mapping[str, Any] | None, events: bool
+) -> VllmConfig:
+    """vLLM's config of one engine, or of the ingress when `transfer` is None."""
+    args = AsyncEngineArgs.from_cli_args(parsed)
+    if transfer is not None:
+        args.kv_transfer_config = dict(transfer)  # type: ignore[assignment]
+    if events:
+        args.kv_events_config = {  # type: ignore[assignment]
+            "enable_kv_cache_events": True,
+            "publisher": "null",
+        }
+    try:
+        return args.create_engine_config()
+    except (ValueError, TypeError, OSError) as error:
+        raise EngineOptionError(f"model {parsed.model}", str(error)) from error
+
+
+class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
+    def error(self, message: str) -> NoReturn:
+        raise EngineOptionError("engine", message)
+
+
+def _validate(parsed: argparse.Namespace) -> None:
+    try:
+        validate_parsed_serve_args(parsed)
+    except (ValueError, TypeError) as error:
+        raise EngineOptionError("engine", str(error)) from error
+
+
+def _words(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if value is True:
+        return [f"--{flag}"]
+    if value is False:
+        return [f"--no-{flag}"]
+    if isinstance(value, Mapping | list):
+        return [f"--{flag}", json.dumps(value)]
+    return [f"--{flag}", str(value)]

@@ -1,0 +1,114 @@
+"""One replica put together: engine, mirror, probes and channel. Ray is not needed to run it."""
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from pathlib import Path
+
+import msgspec
+
+from workers import connector, lanes
+from workers.errors import EngineDeadError, EngineStartError
+from workers.messages import Replica, Role
+from workers.server import ReplicaServer
+
+logger = logging.getLogger(__name__)
+
+_LANES_EVERY_S = 1.0
+
+
+class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one replica is told; made by cluster/, plain data so that it can be pickled."""
+
+    role: Role
+    model: str
+    served_names: tuple[str, ...]
+    engine: dict[str, object]
+    host: str
+    scratch: str
+    transports: str | None = None
+    lease_s: int = 30
+    probe_s: float = 4.0
+    seed: int = 0
+
+
+class ReplicaProcess:
+    """The replica of this process. At most one a process: vLLM and NIXL keep process state."""
+
+    def __init__(self, name: str, settings: ReplicaSettings) -> None:
+        """Start the engine and time it; takes tens of seconds. Raises `EngineStartError`."""
+        self.name, self._settings = name, settings
+        scratch = Path(settings.scratch)
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._ucx_log = scratch / f"ucx-{name}-{os.getpid()}.log"
+        connector.prepare(settings.host, self._ucx_log, settings.transports)
+        self._server = ReplicaServer(settings.host)
+        try:
+            self.replica = self._start_engine()
+        except Exception as error:
+            raise EngineStartError(name, f"{type(error).__name__}: {error}") from error
+
+    def _start_engine(self) -> Replica:
+        # Imports vLLM, which reads the environment that the constructor has just set.
+        from vllm.platforms import current_platform
+
+        from workers import options
+        from workers.engine import Engine
+        from workers.probe import probe
+
+        began = time.monotonic()
+        settings = self._settings
+        connector.calm_progress_thread()
+        parsed = options.namespace(settings.model, settings.served_names, settings.engine)
+        transfer = connector.transfer_config(
+            settings.role, current_platform.device_type, settings.lease_s
+        )
+        config = options.engine_config(parsed, transfer, events=True)
+        self._engine = Engine(config, self._server.report)
+        samples, step_s = probe(self._engine.core, settings.probe_s, settings.seed)
+        logger.info("%s: engine ready in %.1f s", self.name, time.monotonic() - began)
+        return Replica(
+            name=self.name,
+            role=settings.role,
+            epoch=uuid.uuid4().hex,
+            address=self._server.address,
+            node=settings.host,
+            pid=os.getpid(),
+            model=settings.model,
+            block_tokens=config.cache_config.block_size,
+            kv_bytes_per_token=self._engine.kv_bytes_per_token(),
+            kv_blocks=config.cache_config.num_gpu_blocks or 0,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            prefill_samples=samples,
+            step_s=step_s,
+        )
+
+    async def serve(self) -> None:
+        """Answer the channel until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._server.serve(self._engine, self.replica))
+            tasks.create_task(self._watch_lanes())
+            self._engine.start()
+
+    async def _watch_lanes(self) -> None:
+        known: tuple[str, ...] = ()
+        while True:
+            await asyncio.sleep(_LANES_EVERY_S)
+            found = lanes.read(self._ucx_log)
+            if found != known:
+                known = found
+                logger.info("%s: UCX lanes %s", self.name, ", ".join(found))
+                self._server.show_lanes(found)
+
+    def check_health(self) -> None:
+        """Raise `EngineDeadError` once the step loop has ended."""
+        failure = self._engine.failure
+        if failure is not None:
+            raise EngineDeadError(self.name, f"{type(failure).__name__}: {failure}")
+
+    def stop(self) -> None:
+        """Stop the engine and remove what it left on disk; safe to call twice."""
+        self._engine.stop()
+        self._ucx_log.unlink(missing_ok=True)

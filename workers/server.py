@@ -1,0 +1,226 @@
+"""A replica's end of the direct channel: ZMQ ROUTER in front of the engine.
+
+Runs on the replica's event loop; the engine's thread hands it step reports. One ingress's
+requests die with it: an ingress that says nothing for `SILENCE_S` has its requests aborted.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from workers import messages as wire
+from workers.errors import WireError
+
+if TYPE_CHECKING:
+    from workers.engine import Engine, StepReport
+
+logger = logging.getLogger(__name__)
+
+# An ingress says Hello every second; ten missed ones mean that it is gone or hangs.
+SILENCE_S = 10.0
+_BEAT_S = 0.25
+_LOAD_EVERY_S = 1.0
+# Messages queued for an ingress that does not read, before it is taken for lost.
+_BACKLOG = 100_000
+
+
+@dataclass(slots=True)
+class _Peer:
+    """One connected ingress."""
+
+    ingress: str
+    heard_at: float
+    sequence: int = 0
+    following: bool = False
+    requests: set[str] = field(default_factory=set)
+
+
+class ReplicaServer:
+    """Carries out what ingresses ask of one engine, and tells them what it does."""
+
+    def __init__(self, host: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.SNDHWM, _BACKLOG)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
+        self._peers: dict[bytes, _Peer] = {}
+        self._owner: dict[str, bytes] = {}
+        self._load = wire.Load()
+        self._load_sent = (self._load, 0.0)
+        self._lanes: tuple[str, ...] = ()
+
+    async def serve(self, engine: "Engine", replica: wire.Replica) -> None:
+        """Until cancelled: answer messages, beat, and drop peers that fell silent."""
+        self._engine, self._replica = engine, replica
+        self._loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive())
+                tasks.create_task(self._beat())
+        finally:
+            self._socket.close(linger=0)
+
+    def report(self, report: "StepReport") -> None:
+        """A step's outcome; called on the engine's thread."""
+        self._loop.call_soon_threadsafe(self._publish, report)
+
+    def show_lanes(self, lanes: tuple[str, ...]) -> None:
+        """The transports that UCX chose, as far as known."""
+        self._lanes = lanes
+
+    # ------------------------------------------------------------------ what comes in
+
+    async def _receive(self) -> None:
+        while True:
+            identity, frame = await self._socket.recv_multipart()
+            try:
+                self._handle(identity, wire.decode_request(frame, identity.hex()))
+            except WireError as error:
+                logger.warning("message dropped: %s", error)
+
+    def _handle(self, identity: bytes, message: wire.Request) -> None:
+        match message:
+            case wire.Hello(ingress=ingress):
+                self._hello(identity, ingress)
+            case wire.Submit():
+                self._submit(identity, message)
+            case wire.Abort(request_ids=request_ids):
+                self._abort(request_ids)
+            case wire.Release(request_id=request_id, handoff=handoff):
+                self._release(request_id, handoff)
+            case wire.Resync():
+                self._snapshot(identity)
+            case wire.Reset():
+                self._engine.forget()
+
+    def _hello(self, identity: bytes, ingress: str) -> None:
+        peer = self._peers.get(identity)
+        if peer is not None:
+            peer.heard_at = time.monotonic()
+            return
+        self._peers[identity] = _Peer(ingress, time.monotonic())
+        self._send(identity, wire.Welcome(self._replica))
+        self._send(identity, self._load)
+        self._snapshot(identity)
+
+    def _snapshot(self, identity: bytes) -> None:
+        # Taken on the engine's thread, between two steps, so that the deltas which follow it
+        # are exactly those that it lacks.
+        self._engine.snapshot(
+            lambda keys: self._loop.call_soon_threadsafe(self._follow, identity, keys)
+        )
+
+    def _follow(self, identity: bytes, keys: bytes) -> None:
+        peer = self._peers.get(identity)
+        if peer is not None:
+            peer.following = True
+            self._send(identity, wire.Blocks(peer.sequence, stored=keys, snapshot=True))
+
+    def _submit(self, identity: bytes, message: wire.Submit) -> None:
+        from workers import work
+
+        peer = self._peers.get(identity)
+        if peer is None:
+            return
+        try:
+            self._engine.add(work.engine_request(message))
+        except Exception as error:  # the wire's edge: one bad request must not end the replica
+            logger.warning("%s refused: %s", message.request_id, type(error).__name__)
+            refusal = wire.Delta(message.request_id, [], finish_reason="error", error=str(error))
+            self._send(identity, wire.Step([refusal]))
+            return
+        peer.requests.add(message.request_id)
+        self._owner[message.request_id] = identity
+
+    def _abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._settle(request_id)
+        self._engine.abort(request_ids)
+
+    def _release(self, request_id: str, handoff: dict[str, Any]) -> None:
+        from workers import work
+
+        self._engine.add(work.rejected_handoff(request_id, handoff))
+
+    # ------------------------------------------------------------------ what goes out
+
+    def _publish(self, report: "StepReport") -> None:
+        self._load = report.load
+        by_peer: dict[bytes, list[wire.Delta]] = {}
+        for delta in report.deltas:
+            identity = self._owner.get(delta.request_id)
+            if identity is not None:
+                by_peer.setdefault(identity, []).append(delta)
+            if delta.finish_reason is not None:
+                self._settle(delta.request_id)
+        for identity, deltas in by_peer.items():
+            self._send(identity, wire.Step(deltas))
+        if report.change:
+            self._tell_blocks(report.change.stored, report.change.removed)
+
+    def _tell_blocks(self, stored: bytes, removed: bytes) -> None:
+        for identity, peer in list(self._peers.items()):
+            if peer.following:
+                peer.sequence += 1
+                self._send(identity, wire.Blocks(peer.sequence, stored, removed))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(_BEAT_S)
+            self._drop_silent(time.monotonic())
+            self._send_load(time.monotonic())
+
+    def _send_load(self, now: float) -> None:
+        load = msgspec.structs.replace(self._load, lanes=self._lanes)
+        last, sent_at = self._load_sent
+        if load != last or now - sent_at >= _LOAD_EVERY_S:
+            self._load_sent = (load, now)
+            for identity in list(self._peers):
+                self._send(identity, load)
+
+    def _send(self, identity: bytes, message: wire.Reply) -> None:
+        try:
+            sending = self._socket.send_multipart([identity, wire.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            self._drop(identity, f"cannot be reached: {error}")
+            return
+        if sending.done():
+            self._sent(identity, sending)
+        else:
+            sending.add_done_callback(lambda done: self._sent(identity, done))
+
+    def _sent(self, identity: bytes, done: "asyncio.Future[Any]") -> None:
+        if not done.cancelled() and done.exception() is not None:
+            self._drop(identity, f"cannot be reached: {done.exception()}")
+
+    def _drop_silent(self, now: float) -> None:
+        for identity, peer in list(self._peers.items()):
+            if now - peer.heard_at > SILENCE_S:
+                self._drop(identity, f"silent for {now - peer.heard_at:.0f} s")
+
+    def _drop(self, identity: bytes, why: str) -> None:
+        peer = self._peers.pop(identity, None)
+        if peer is None:
+            return
+        logger.warning("ingress %s dropped with %d requests: %s", peer.ingress,
+                       len(peer.requests), why)
+        for request_id in peer.requests:
+            self._owner.pop(request_id, None)
+        if peer.requests:
+            self._engine.abort(list(peer.requests))
+
+    def _settle(self, request_id: str) -> None:
+        """A request is over: nobody owns it any more."""
+        identity = self._owner.pop(request_id, None)
+        peer = self._peers.get(identity) if identity is not None else None
+        if peer is not None:
+            peer.requests.discard(request_id)
