@@ -20,11 +20,12 @@ step = @printf '==> %s\n' '$(1)'; s=$$(date +%s); $(2) && printf '    done in %s
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
+# exec here too: a make that is stopped stops pip with it.
 setup: python ## make the virtual environment and the default model
-	@$(SET_UP)
+	@exec $(SET_UP)
 
 setup-dev: python
-	@$(SET_UP) --dev
+	@exec $(SET_UP) --dev
 
 # The shell's own "not found" names no remedy.
 python:
@@ -41,7 +42,7 @@ check: setup-dev ## format, lint, types, layers and unit tests, in under a minut
 	$(call step,format,$(BIN)/ruff format --check .)
 	$(call step,lint,$(BIN)/ruff check .)
 	$(call step,types,$(BIN)/mypy)
-	$(call step,layers,$(BIN)/lint-imports)
+	$(call step,layers,$(BIN)/lint-imports --no-logo)
 	$(call step,unit tests,$(BIN)/python -m pytest -q tests/unit -m "not engine and not real_model and not gpu")
 
 lock: setup ## resolve requirements/*.in into the locked sets

@@ -1,7 +1,7 @@
 """The vocabulary of a plan: where each span of a prompt comes from, and why that was chosen."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import isfinite
 
@@ -104,6 +104,10 @@ class Plan:
                 "cost it with finite curves and queues",
             )
         _check_tiling(self.shape, self.spans)
+
+    def because(self, reason: Reason) -> "Plan":
+        """The same plan, made for another reason."""
+        return replace(self, reason=reason)
 
     def header(self) -> str:
         """The value of `x-breakeven-plan`: tokens by source and replica, hits first, even if none.

@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -27,9 +28,8 @@ class SetupError(Exception):
 
 def set_up(venv: Path, cache: Path, dev: bool) -> None:
     """Bring the environment to the locked sets, then export the model."""
-    locks = [ROOT / "requirements" / "cpu.txt"]
-    if dev:
-        locks.append(ROOT / "requirements" / "dev.txt")
+    names = ("cpu.txt", "dev.txt") if dev else ("cpu.txt",)
+    locks = [ROOT / "requirements" / name for name in names]
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / "setup.lock"):
         for lock in locks:
@@ -74,7 +74,8 @@ def install(venv: Path, lock: Path, stamp: Path) -> None:
 
 def install_torch(venv: Path, pin: str) -> None:
     with step(f"install {pin}"):
-        if pip(venv, ["--dry-run", "--quiet", "--quiet", "--quiet", pin]) == 0:
+        # Fails in a second where there is only the CUDA build; its error would alarm.
+        if pip(venv, ["--dry-run", "--quiet", pin], stderr=subprocess.DEVNULL) == 0:
             status = pip(venv, [pin])
         else:
             print(f"    not in pip's configured indexes; trying {TORCH_INDEX}", flush=True)
@@ -98,18 +99,21 @@ def make_venv(venv: Path) -> None:
 
 
 def pip_works(venv: Path) -> bool:
-    python = venv / "bin" / "python"
-    return python.exists() and run([str(python), "-c", "import pip._internal"]) == 0
+    command = [str(venv / "bin" / "python"), "-c", "import pip._internal"]
+    return Path(command[0]).exists() and run(command, stderr=subprocess.DEVNULL) == 0
 
 
-def pip(venv: Path, args: list[str], env: Mapping[str, str] | None = None) -> int:
+def pip(
+    venv: Path, args: list[str], env: Mapping[str, str] | None = None, stderr: int | None = None
+) -> int:
     """Install without dependencies: the locks are complete, and metadata asks for CUDA builds."""
     command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--no-input", "--no-deps"]
-    return run([*command, "--disable-pip-version-check", *args], env)
+    return run([*command, "--disable-pip-version-check", *args], env, stderr)
 
 
-def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **(env or {})}, check=False).returncode
+def run(command: list[str], env: Mapping[str, str] | None = None, stderr: int | None = None) -> int:
+    merged = {**os.environ, **(env or {})}
+    return subprocess.run(command, cwd=ROOT, env=merged, stderr=stderr, check=False).returncode
 
 
 def check_python() -> None:
@@ -135,6 +139,8 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--dev", action="store_true", help="add what the tests and checks need")
     args = parser.parse_args()
+    # As Ctrl-C: an exception, on which subprocess.run takes pip down too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         check_python()
         set_up(args.venv.absolute(), args.cache.absolute(), args.dev)
@@ -142,7 +148,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; run make again, finished steps are kept", file=sys.stderr)
+        print("interrupted; run make again", file=sys.stderr)
         return 130
     return 0
 

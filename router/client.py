@@ -1,0 +1,219 @@
+"""vLLM's engine client over the cluster: what makes vLLM's own HTTP API serve from many engines.
+
+vLLM's `AsyncLLM` joins a renderer, an input processor and an output processor to one engine core.
+`ClusterClient` keeps all of that, fan-out for `n`, stop strings and aborts included, and puts the
+pipeline where the engine core was.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import aclosing
+from copy import copy
+from http import HTTPStatus
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
+from vllm.renderers.registry import renderer_from_config
+from vllm.sampling_params import SamplingParams
+from vllm.tasks import SupportedTask
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.stats import PrefillStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from kv.block import pack_tokens
+from router.admission import Admission
+from router.context import Bound, Notes, RequestContext, bound
+from router.errors import STATUS, OverloadedError, RouterError
+from router.pipeline import Pipeline
+from router.request import Request
+from workers.messages import Delta
+
+_FINISH = {str(reason): reason for reason in FinishReason}
+
+
+class ClusterCore:
+    """The pipeline in the shape of vLLM's engine-core client: requests in, outputs out."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._outputs: asyncio.Queue[EngineCoreOutput] = asyncio.Queue()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._fail = lambda request_id, error: None
+
+    def on_failure(self, fail: Any) -> None:
+        """`fail(request_id, error)` is called when no plan for a request is left."""
+        self._fail = fail
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Start a request in the task context of the HTTP request that it belongs to."""
+        task = asyncio.create_task(self._serve(_request(request)))
+        self._tasks[request.request_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
+
+    async def abort_requests_async(self, request_ids: Iterable[str]) -> None:
+        """Stop requests, on whichever engines they are."""
+        self.cancel(request_ids)
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """The same, at once."""
+        for request_id in request_ids:
+            task = self._tasks.get(request_id)
+            if task is not None:
+                task.cancel()
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """Everything that came since the last call, at least one output."""
+        outputs = [await self._outputs.get()]
+        while not self._outputs.empty():
+            outputs.append(self._outputs.get_nowait())
+        return EngineCoreOutputs(outputs=outputs)
+
+    async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
+        return ("generate",)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Abort what still runs."""
+        self.cancel(list(self._tasks))
+
+    async def _serve(self, request: Request) -> None:
+        try:
+            async with aclosing(self._pipeline.serve(request)) as deltas:
+                async for delta in deltas:
+                    self._outputs.put_nowait(_output(delta))
+        except Exception as error:  # the task's edge: whatever it is, its client must hear of it
+            self._fail(request.request_id, error)
+
+
+class ClusterClient(AsyncLLM):  # type: ignore[misc]
+    """vLLM's `EngineClient` for a cluster."""
+
+    def __init__(self, config: VllmConfig, pipeline: Pipeline, admission: Admission) -> None:
+        # AsyncLLM's own constructor starts an engine; these are the attributes that its methods
+        # use (held to the pinned version by tests/flow/test_vllm_contract.py).
+        self.vllm_config = config
+        self.model_config = config.model_config
+        self.scheduler_config = config.scheduler_config
+        self.observability_config = config.observability_config
+        self.log_requests = self.log_stats = False
+        self.logger_manager = self.admission_stats = self.profiler = self.output_handler = None
+        self.renderer = renderer_from_config(config)
+        self.input_processor = InputProcessor(config, self.renderer)
+        self.output_processor = OutputProcessor(
+            self.renderer.tokenizer,
+            log_stats=False,
+            stream_interval=config.scheduler_config.stream_interval,
+        )
+        self.engine_core = ClusterCore(pipeline)
+        self.engine_core.on_failure(self._fail)
+        self._admission = admission
+
+    @property
+    def is_running(self) -> bool:
+        return True
+
+    @property
+    def errored(self) -> bool:
+        """Never: a cluster without replicas answers 503 to each request and recovers."""
+        return False
+
+    async def check_health(self) -> None:
+        return None
+
+    def get_kv_event_sources(self) -> dict[int, Any]:
+        return {}
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Refuse before a response is begun, where a status can still be sent."""
+        try:
+            self._admission.check(n)
+        except OverloadedError as error:
+            raise _http_error(error) from error
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        """End one request, and its siblings of the same call, with an error."""
+        state = self.output_processor.request_states.get(request_id)
+        if state is None:
+            return
+        queue = state.queue
+        name = state.parent_req.request_id if state.parent_req else request_id
+        aborted = self.output_processor.abort_requests([name], internal=True)
+        self.engine_core.cancel(sibling for sibling in aborted if sibling != request_id)
+        if queue is not None:
+            queue.put(_http_error(error) if isinstance(error, RouterError) else error)
+
+
+def body_of(request: EngineCoreRequest) -> bytes:
+    """What the engine is to do, without the prompt and without what clients must not steer."""
+    bare = copy(request)
+    bare.prompt_token_ids = None
+    bare.priority = 0
+    bare.data_parallel_rank = None
+    bare.kv_hints = None
+    bare.trace_headers = None
+    # An encoder a call: with tensors it is not thread-safe, and it holds what it last encoded.
+    head, *rest = MsgpackEncoder().encode(bare)
+    if rest:
+        raise ValueError("requests with tensors (images, embeddings) are not served")
+    return bytes(head)
+
+
+def warm_body() -> bytes:
+    """An engine request for one greedy token, with which pairs are warmed."""
+    return body_of(
+        EngineCoreRequest(
+            request_id="warm",
+            prompt_token_ids=None,
+            mm_features=None,
+            sampling_params=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt="warm",
+            data_parallel_rank=None,
+        )
+    )
+
+
+def _request(request: EngineCoreRequest) -> Request:
+    asked = bound.get() or Bound(RequestContext(request.request_id), Notes())
+    params = request.sampling_params
+    return Request(
+        request_id=request.request_id,
+        tokens=pack_tokens(request.prompt_token_ids or []),
+        body=body_of(request),
+        salt=request.cache_salt,
+        context=asked.context,
+        local_only=params is not None and params.prompt_logprobs is not None,
+        notes=asked.notes,
+    )
+
+
+def _output(delta: Delta) -> EngineCoreOutput:
+    if delta.extras is not None:
+        # Writable copies: torch warns of tensors over read-only buffers.
+        frames = [bytearray(frame) for frame in delta.extras]
+        output: EngineCoreOutput = MsgpackDecoder(EngineCoreOutput).decode(frames)
+        output.request_id = delta.request_id
+    else:
+        output = EngineCoreOutput(delta.request_id, delta.token_ids)
+        output.finish_reason = _FINISH[delta.finish_reason] if delta.finish_reason else None
+        output.stop_reason = delta.stop_reason
+    output.kv_transfer_params = None
+    if delta.sources is not None:
+        prompt, computed = delta.sources.prompt_tokens, delta.sources.computed_tokens
+        output.prefill_stats = PrefillStats(
+            num_prompt_tokens=prompt,
+            num_computed_tokens=computed,
+            num_cached_tokens=prompt - computed,
+            num_local_cached_tokens=prompt - computed,
+        )
+    return output
+
+
+def _http_error(error: RouterError) -> GracefulHTTPError:
+    status = STATUS.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR)
+    return GracefulHTTPError(str(error), status)

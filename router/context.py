@@ -1,0 +1,55 @@
+"""What the HTTP side knows of a request and vLLM's serving layer does not pass on.
+
+An ASGI middleware binds a `Bound` for the task that serves a request; `ClusterClient` reads it,
+because `EngineClient.generate` sees no headers.
+"""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class ServiceClass(StrEnum):
+    """Who waits for the answer: a person, or nobody."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+# OpenAI's service tiers; DESIGN.md's mapping.
+CLASS_OF_TIER = {
+    "auto": ServiceClass.INTERACTIVE,
+    "default": ServiceClass.INTERACTIVE,
+    "scale": ServiceClass.INTERACTIVE,
+    "priority": ServiceClass.INTERACTIVE,
+    "flex": ServiceClass.BATCH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """One HTTP request: who asks, how urgently, and under which name it is cached."""
+
+    request_id: str
+    tenant: str = "default"
+    service_class: ServiceClass = ServiceClass.INTERACTIVE
+    cache_key: str | None = None
+    safety_identifier: str | None = None
+
+
+@dataclass(slots=True)
+class Notes:
+    """What the pipeline tells the HTTP response: filled before the first byte of its body."""
+
+    plan: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A request's context, and where its response headers come from."""
+
+    context: RequestContext
+    notes: Notes
+
+
+bound: ContextVar[Bound | None] = ContextVar("breakeven_request", default=None)

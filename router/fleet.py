@@ -1,0 +1,178 @@
+"""Every replica that this ingress knows, kept true: who is there, who answers, who holds what."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kv.block import KEY_BYTES
+from kv.catalogue import Catalogue, Delta, Holder, Tier
+from router.member import Member
+from router.snapshot import ReplicaView, Snapshot
+from router.warm import Pairs
+from workers.messages import WIRE_VERSION, Blocks, Link, Replica, Role
+
+logger = logging.getLogger(__name__)
+
+# A replica beats at least once a second; this long without a word and it gets no more work.
+SILENCE_S = 3.0
+_WATCH_EVERY_S = 0.25
+_SWEEP_SHARDS = 16
+
+
+class Directory(Protocol):
+    """Where replicas announce themselves."""
+
+    async def replicas(self) -> Sequence[Replica]:
+        """Everyone announced now; raises OSError while the directory cannot be reached."""
+        ...
+
+
+class Fleet:
+    """The replicas, their blocks and the warmed pairs between them."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        connect: Callable[[Replica, Member], Link],
+        warm_body: bytes,
+        now: Callable[[], float],
+        expects_prefill: bool,
+    ) -> None:
+        self._directory, self._connect, self._now = directory, connect, now
+        self._expects_prefill = expects_prefill
+        self._members: dict[str, Member] = {}
+        self.catalogue = Catalogue()
+        self.pairs = Pairs(warm_body)
+        self._seen_pair = False
+
+    async def watch(self) -> None:
+        """Until cancelled: follow the directory, notice silence, warm pairs, sweep."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                await self._follow_directory()
+                self._notice_silence()
+                self.pairs.warm(self.up(Role.PREFILL), self.up(Role.DECODE), tasks)
+                self.catalogue.sweep(_SWEEP_SHARDS)
+                await asyncio.sleep(_WATCH_EVERY_S)
+
+    def close(self) -> None:
+        """Leave every replica; they abort what they ran for us."""
+        for member in self._members.values():
+            member.close()
+        self._members.clear()
+
+    # ------------------------------------------------------------------ what the pipeline asks
+
+    def member(self, name: str) -> Member | None:
+        """The replica of this name, if it is up."""
+        member = self._members.get(name)
+        return member if member is not None and member.up else None
+
+    def members(self) -> tuple[Member, ...]:
+        """All that are known, up or not, by name."""
+        return tuple(sorted(self._members.values(), key=lambda member: member.name))
+
+    def up(self, role: Role) -> tuple[Member, ...]:
+        """All replicas of a pool that answer, by name."""
+        return tuple(m for m in self.members() if m.up and m.replica.role is role)
+
+    def cached_blocks(self, member: Member) -> int:
+        """Blocks that a replica's paged KV holds, by the catalogue."""
+        return self.catalogue.blocks(_holder(member))
+
+    def block_tokens(self) -> int:
+        """Tokens a block; the same on every replica of a cluster, 1 while there is none."""
+        return next((m.replica.block_tokens for m in self._members.values()), 1)
+
+    def ready(self) -> bool:
+        """Whether one working path exists: a decode replica, and a warmed pair if prefill
+        replicas were asked for and none has been warmed since the start."""
+        decode = bool(self.up(Role.DECODE))
+        self._seen_pair = self._seen_pair or bool(self.pairs.links)
+        return decode and (self._seen_pair or not self._expects_prefill)
+
+    def snapshot(self, keys: Sequence[bytes]) -> Snapshot:
+        """What is routable now, with the depth to which each replica holds `keys`."""
+        depths = self.catalogue.depths(keys)
+        decode = self.up(Role.DECODE)
+        return Snapshot(
+            prefill=tuple(_view(m, depths.get(_holder(m), 0)) for m in self.up(Role.PREFILL)),
+            decode=tuple(_view(m, depths.get(_holder(m), 0)) for m in decode),
+            links=self.pairs.links,
+            kv_bytes_per_token=decode[0].replica.kv_bytes_per_token if decode else 0,
+        )
+
+    # ------------------------------------------------------------------ keeping it true
+
+    async def _follow_directory(self) -> None:
+        try:
+            announced = {replica.name: replica for replica in await self._directory.replicas()}
+        except OSError as error:
+            # Links go on by themselves; only comings and goings wait for the directory.
+            logger.warning("directory not reached: %s", error)
+            return
+        for name, member in list(self._members.items()):
+            if name not in announced or announced[name].epoch != member.replica.epoch:
+                self._drop(member)
+        for name, replica in announced.items():
+            if name not in self._members and replica.wire_version == WIRE_VERSION:
+                self._adopt(replica)
+
+    def _adopt(self, replica: Replica) -> None:
+        self._members[replica.name] = Member(
+            replica,
+            connect=lambda member: self._connect(replica, member),
+            on_blocks=self._follow_blocks,
+            now=self._now,
+        )
+
+    def _drop(self, member: Member) -> None:
+        logger.info("%s left", member.name)
+        del self._members[member.name]
+        member.close()
+        self._forget(member)
+
+    def _notice_silence(self) -> None:
+        for member in self._members.values():
+            silent_s = self._now() - member.heard_at
+            if member.up and silent_s > SILENCE_S:
+                logger.warning("%s silent for %.1f s", member.name, silent_s)
+                member.lose(f"silent for {silent_s:.1f} s")
+                self.pairs.cool(member.name)
+
+    def _forget(self, member: Member) -> None:
+        self.catalogue.forget(_holder(member))
+        self.pairs.cool(member.name)
+
+    def _follow_blocks(self, member: Member, blocks: Blocks) -> None:
+        self.catalogue.apply(
+            Delta(
+                holder=_holder(member),
+                stored=_split(blocks.stored),
+                removed=_split(blocks.removed),
+                cleared=blocks.snapshot,
+            )
+        )
+
+
+def _holder(member: Member) -> Holder:
+    return Holder(member.name, Tier.DEVICE)
+
+
+def _split(keys: bytes) -> tuple[bytes, ...]:
+    return tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES))
+
+
+def _view(member: Member, depth: int) -> ReplicaView:
+    replica = member.replica
+    return ReplicaView(
+        name=member.name,
+        curve=member.curve,
+        step_s=replica.step_s,
+        queued_tokens=member.queued_tokens,
+        waiting=member.load.waiting,
+        running=max(member.load.running, member.requests),
+        max_num_seqs=replica.max_num_seqs,
+        hit_tokens=depth * replica.block_tokens,
+    )

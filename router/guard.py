@@ -1,0 +1,220 @@
+"""The outermost layer of the HTTP side: what may enter, and under which name.
+
+A plain ASGI middleware, since it must see bodies before vLLM parses them and hold back response
+headers until the plan is known. Everything that a client could steer the cluster with is removed
+here; the rest of the body reaches vLLM as it was sent.
+"""
+
+import re
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.responses import JSONResponse
+
+from router.context import CLASS_OF_TIER, Bound, Notes, RequestContext, ServiceClass, bound
+from router.salt import tenant_salt
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# What vLLM's app serves through us; everything else it mounts stays unreachable.
+ROUTES = {
+    "/v1/chat/completions": {"POST"},
+    "/v1/completions": {"POST"},
+    "/v1/responses": {"POST"},
+    "/v1/messages": {"POST"},
+    "/v1/messages/count_tokens": {"POST"},
+    "/v1/models": {"GET"},
+    "/tokenize": {"POST"},
+    "/detokenize": {"POST"},
+    "/version": {"GET"},
+}
+_NOT_SERVED = {
+    "/v1/embeddings": "embeddings",
+    "/v1/images/generations": "images",
+    "/v1/audio/transcriptions": "audio",
+    "/v1/audio/speech": "audio",
+    "/v1/rerank": "reranking",
+    "/v1/load_lora_adapter": "LoRA adapters",
+}
+# Fields by which a body could reach into engines, caches or queues.
+_STEERING = (
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "kv_hints",
+    "priority",
+    "session_id",
+    "data_parallel_rank",
+    "request_id",
+    "vllm_xargs",
+)
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal(Exception):
+    status: int
+    message: str
+    kind: str = "BadRequestError"
+
+
+class Guard:
+    """Wraps vLLM's app. `max_body_bytes` bounds a request body; `secret` keys tenant salts."""
+
+    def __init__(self, app: App, max_body_bytes: int, secret: bytes) -> None:
+        self._app, self._max_body_bytes, self._secret = app, max_body_bytes, secret
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        try:
+            _check_route(scope["method"], scope["path"])
+            body = await _read(scope, receive, self._max_body_bytes)
+            context, body = self._enter(request_id, body)
+        except _Refusal as refusal:
+            await _refuse(refusal, request_id)(scope, receive, send)
+            return
+        notes = Notes()
+        token = bound.set(Bound(context, notes))
+        try:
+            reply = _Reply(send, request_id, notes)
+            await self._app(_sized(scope, body), _replay(body, receive), reply.send)
+        finally:
+            bound.reset(token)
+
+    def _enter(self, request_id: str, body: bytes) -> tuple[RequestContext, bytes]:
+        """The request's context, and its body without what steers the cluster."""
+        try:
+            body.decode()
+        except UnicodeDecodeError as error:
+            raise _Refusal(400, f"the body is not UTF-8 at byte {error.start}") from error
+        try:
+            fields = msgspec.json.decode(body) if body else None
+        except msgspec.DecodeError:
+            return RequestContext(request_id), body  # vLLM words the error
+        if not isinstance(fields, dict):
+            return RequestContext(request_id), body
+        context = RequestContext(
+            request_id=request_id,
+            service_class=_service_class(fields.get("service_tier")),
+            cache_key=_text(fields, "prompt_cache_key"),
+            safety_identifier=_text(fields, "safety_identifier"),
+        )
+        removed = [fields.pop(name) for name in _STEERING if name in fields]
+        salt = _text(fields, "cache_salt")
+        if salt is not None:
+            fields["cache_salt"] = tenant_salt(self._secret, context.tenant, salt)
+        changed = bool(removed) or salt is not None
+        return context, msgspec.json.encode(fields) if changed else body
+
+
+class _Reply:
+    """Holds the start of a response until its first bytes: the plan is known by then."""
+
+    def __init__(self, send: Send, request_id: str, notes: Notes) -> None:
+        self._send, self._request_id, self._notes = send, request_id, notes
+        self._start: Message | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        if self._start is not None:
+            start, self._start = self._start, None
+            start["headers"] = [*start.get("headers", ()), *self._headers(start["status"])]
+            await self._send(start)
+        await self._send(message)
+
+    def _headers(self, status: int) -> list[tuple[bytes, bytes]]:
+        headers = [(b"x-request-id", self._request_id.encode())]
+        if self._notes.plan is not None:
+            headers.append((b"x-breakeven-plan", self._notes.plan.encode()))
+        if status in (429, 503):
+            headers.append((b"retry-after", b"1"))
+        return headers
+
+
+def _check_route(method: str, path: str) -> None:
+    allowed = ROUTES.get(path)
+    if allowed is None:
+        what = _NOT_SERVED.get(path)
+        served = f"{what} are not served: this cluster generates text" if what else "no such route"
+        raise _Refusal(404, f"{method} {path}: {served}", "NotFoundError")
+    if method not in allowed:
+        raise _Refusal(405, f"{method} {path}: use {', '.join(sorted(allowed))}")
+
+
+async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
+    declared = dict(scope["headers"]).get(b"content-length", b"0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(int(declared), limit)
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise _Refusal(400, "the client left before its request was read")
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > limit:
+            raise _too_large(size, limit)
+        if not message.get("more_body"):
+            return b"".join(chunks)
+
+
+def _too_large(size: int, limit: int) -> _Refusal:
+    return _Refusal(413, f"a body of {size} bytes, {limit} allowed", "RequestEntityTooLarge")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()  # what follows a body is the disconnect
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _sized(scope: Scope, body: bytes) -> Scope:
+    """`scope` with the length of the body that is replayed."""
+    kept = [(k, v) for k, v in scope["headers"] if k not in _BODY_HEADERS and k not in _STEERING_H]
+    return {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
+
+
+_BODY_HEADERS = (b"content-length", b"transfer-encoding")
+_STEERING_H = (b"x-data-parallel-rank", b"x-session-id", b"x-request-id")
+
+
+def _refuse(refusal: _Refusal, request_id: str) -> JSONResponse:
+    error = {"message": refusal.message, "type": refusal.kind, "param": None}
+    body = {"error": {**error, "code": refusal.status}}
+    return JSONResponse(body, refusal.status, {"x-request-id": request_id})
+
+
+def _request_id(scope: Scope) -> str:
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+
+def _service_class(tier: object) -> ServiceClass:
+    return CLASS_OF_TIER.get(tier, ServiceClass.INTERACTIVE) if isinstance(tier, str) else (
+        ServiceClass.INTERACTIVE
+    )
+
+
+def _text(fields: dict[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    return value if isinstance(value, str) else None

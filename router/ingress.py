@@ -1,0 +1,132 @@
+"""One ingress put together: vLLM's API app over the cluster, on a socket of its own."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import uvicorn
+from prometheus_client import CollectorRegistry
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+
+from router.admin import PATHS, admin_app
+from router.admission import Admission
+from router.audit import Audit
+from router.client import ClusterClient, warm_body
+from router.fleet import Directory, Fleet
+from router.guard import App, Guard, Receive, Scope, Send
+from router.member import Member
+from router.metrics import FleetMetrics, RequestMetrics
+from router.pipeline import Pipeline
+from workers.messages import Link, Replica
+
+logger = logging.getLogger(__name__)
+
+
+class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """All that an ingress is told; made by cluster/, plain data so that it can be pickled."""
+
+    model: str
+    served_names: tuple[str, ...]
+    engine: dict[str, object]
+    host: str
+    port: int
+    secret: bytes
+    expects_prefill: bool
+    max_requests: int = 256
+    max_body_bytes: int = 10_000_000
+    assumed_streams: float = 0.5
+    drain_s: float = 30.0
+
+
+class Ingress:
+    """Serves HTTP until cancelled. `connect` makes the link to a replica for its member."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: IngressSettings,
+        directory: Directory,
+        connect: Any,
+        api_args: Any,
+        config: VllmConfig,
+    ) -> None:
+        self._settings, self._args = settings, api_args
+        now = asyncio.get_running_loop().time
+
+        def link(replica: Replica, member: Member) -> Link:
+            made: Link = connect(replica.address, name, member)
+            return made
+
+        self.fleet = Fleet(directory, link, warm_body(), now, settings.expects_prefill)
+        registry = CollectorRegistry()
+        registry.register(FleetMetrics(self.fleet))
+        audit = Audit(now, RequestMetrics(registry))
+        admission = Admission(settings.max_requests)
+        pipeline = Pipeline(self.fleet, admission, audit, now, settings.assumed_streams)
+        self._client = ClusterClient(config, pipeline, admission)
+        self._admin = admin_app(self.fleet, audit, registry)
+
+    async def serve(self) -> None:
+        """Listen, and follow the fleet; on cancellation requests may finish for `drain_s`."""
+        app = await self._app()
+        with _listening(self._settings.host, self._settings.port) as sock:
+            server = _server(app, self._settings)
+            serving = asyncio.create_task(server.serve(sockets=[sock]))
+            watching = asyncio.create_task(self.fleet.watch())
+            try:
+                await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                server.should_exit = True
+                await asyncio.gather(serving, return_exceptions=True)
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+                self.fleet.close()
+
+    async def _app(self) -> App:
+        vllm_app = build_app(self._args, ("generate",), self._client.model_config)
+        await init_app_state(self._client, vllm_app.state, self._args, ("generate",))
+        guard = Guard(vllm_app, self._settings.max_body_bytes, self._settings.secret)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            ours = scope["type"] == "http" and scope["path"].startswith(PATHS)
+            await (self._admin if ours else guard)(scope, receive, send)
+
+        return app
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: its process belongs to Ray."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _server(app: App, settings: IngressSettings) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(settings.drain_s),
+        )
+    )
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A listening socket that several ingress replicas of one node may share."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((host, port))
+        sock.listen(2048)
+        sock.setblocking(False)
+        yield sock

@@ -1,0 +1,185 @@
+"""One replica as this ingress sees it: its link, its load, and the requests it runs for us."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from kv.block import TOKEN_BYTES
+from kv.curve import PrefillCurve, PrefillSample, fit_prefill
+from workers.errors import ReplicaLostError, WorkerError
+from workers.messages import (
+    Abort,
+    Blocks,
+    Delta,
+    Link,
+    Load,
+    Release,
+    Replica,
+    Reply,
+    Resync,
+    Step,
+    Submit,
+    Welcome,
+)
+
+# A finished prefill whose handoff crossed our abort on the wire arrives within this.
+_ORPHAN_S = 5.0
+
+
+class Member:
+    """Follows one engine, from its welcome until it is lost.
+
+    An `Inbox` for its link. `on_blocks` gets every change of what it holds, in order.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        connect: Callable[["Member"], Link],
+        on_blocks: Callable[["Member", Blocks], None],
+        now: Callable[[], float],
+    ) -> None:
+        self.replica = replica
+        self.load = Load()
+        self.up = False
+        self.curve = curve_of(replica)
+        self._on_blocks, self._now = on_blocks, now
+        self.heard_at = now()
+        self._sequence: int | None = None
+        self._answers: dict[str, asyncio.Queue[Delta | WorkerError]] = {}
+        self._unstarted: dict[str, int] = {}
+        self._orphans: dict[str, tuple[float, Callable[[dict[str, Any]], None]]] = {}
+        self._link = connect(self)
+
+    @property
+    def name(self) -> str:
+        return self.replica.name
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens still to compute: what the replica says, or what we sent and it has not
+        answered, whichever is more (its report lags by up to a beat)."""
+        return max(self.load.pending_prefill_tokens, sum(self._unstarted.values()))
+
+    @property
+    def requests(self) -> int:
+        """Requests that it runs for this ingress."""
+        return len(self._answers)
+
+    @asynccontextmanager
+    async def run(
+        self, submit: Submit, unread: Callable[[dict[str, Any]], None] | None = None
+    ) -> AsyncIterator[AsyncIterator[Delta]]:
+        """Start a request; its deltas follow until one has a finish reason.
+
+        Raises `ReplicaLostError` when the replica is lost, refuses or fails. Leaving the block
+        early aborts the request; should a prefill have finished all the same, its handoff goes
+        to `unread`.
+        """
+        request_id = submit.request_id
+        answers: asyncio.Queue[Delta | WorkerError] = asyncio.Queue()
+        self._answers[request_id] = answers
+        self._unstarted[request_id] = len(submit.tokens) // TOKEN_BYTES
+        self._link.send(submit)
+        try:
+            async with aclosing(self._deltas(request_id, answers)) as deltas:
+                yield deltas
+        finally:
+            self._unstarted.pop(request_id, None)
+            if unread is not None:
+                self._take_unread(request_id, answers, unread)
+            if self._answers.pop(request_id, None) is not None and self.up:
+                self._link.send(Abort([request_id]))
+
+    async def _deltas(
+        self, request_id: str, answers: "asyncio.Queue[Delta | WorkerError]"
+    ) -> AsyncIterator[Delta]:
+        while True:
+            answer = await answers.get()
+            if isinstance(answer, WorkerError):
+                raise answer
+            self._unstarted.pop(request_id, None)
+            if answer.error is not None or answer.finish_reason == "error":
+                complaint = answer.error or "an internal error ended it"
+                raise ReplicaLostError(self.name, f"{request_id}: {complaint}")
+            yield answer
+            if answer.finish_reason is not None:
+                return
+
+    def _take_unread(
+        self,
+        request_id: str,
+        answers: "asyncio.Queue[Delta | WorkerError]",
+        unread: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """What arrived and was not read goes now; what is still on the wire, when it comes."""
+        while not answers.empty():
+            answer = answers.get_nowait()
+            if isinstance(answer, Delta) and answer.handoff is not None:
+                unread(answer.handoff)
+        if request_id in self._answers:
+            now = self._now()
+            self._orphans = {k: v for k, v in self._orphans.items() if v[0] > now}
+            self._orphans[request_id] = (now + _ORPHAN_S, unread)
+
+    def release(self, request_id: str, handoff: dict[str, Any]) -> None:
+        """Have this decode replica tell the prefill side that nobody will read `handoff`."""
+        self._link.send(Release(request_id, handoff))
+
+    def receive(self, reply: Reply) -> None:
+        """Whatever the replica says."""
+        self.heard_at = self._now()
+        match reply:
+            case Step(deltas=deltas):
+                for delta in deltas:
+                    self._answer(delta)
+            case Load():
+                self.load = reply
+            case Blocks():
+                self._blocks(reply)
+            case Welcome(replica=replica):
+                self._welcome(replica)
+
+    def lose(self, complaint: str) -> None:
+        """It is down: everything it ran for us fails, and so does what it would say later."""
+        self.up = False
+        for answers in self._answers.values():
+            answers.put_nowait(ReplicaLostError(self.name, complaint))
+        self._answers.clear()
+        self._unstarted.clear()
+
+    def close(self) -> None:
+        """Lose it for good."""
+        self.lose("left the cluster")
+        self._link.close()
+
+    def _welcome(self, replica: Replica) -> None:
+        # A second welcome means that the replica had dropped us, and our requests with us.
+        self.lose("dropped this ingress")
+        self._sequence = None
+        self.up = replica.epoch == self.replica.epoch
+
+    def _answer(self, delta: Delta) -> None:
+        answers = self._answers.get(delta.request_id)
+        if answers is not None:
+            if delta.finish_reason is not None:
+                del self._answers[delta.request_id]
+            answers.put_nowait(delta)
+        elif delta.handoff is not None and delta.request_id in self._orphans:
+            self._orphans.pop(delta.request_id)[1](delta.handoff)
+
+    def _blocks(self, blocks: Blocks) -> None:
+        expected = None if self._sequence is None else self._sequence + 1
+        if not blocks.snapshot and blocks.sequence != expected:
+            if expected is not None:  # a gap: one resync, and silence until it is answered
+                self._sequence = None
+                self._link.send(Resync())
+            return
+        self._sequence = blocks.sequence
+        self._on_blocks(self, blocks)
+
+
+def curve_of(replica: Replica) -> PrefillCurve:
+    """The prefill curve that a replica measured when it started."""
+    return fit_prefill([PrefillSample(*sample) for sample in replica.prefill_samples])

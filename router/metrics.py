@@ -1,0 +1,114 @@
+"""Breakeven's metrics. Names and labels are DESIGN.md's; base units throughout."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from router.audit import Record
+from router.fleet import Fleet
+from router.member import Member
+
+_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
+_ITL_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+_DECISION_S = (25e-6, 50e-6, 1e-4, 1.5e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
+_RATIO = (0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4)
+
+
+class RequestMetrics:
+    """Counts finished requests: the audit's observer."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._ttft = Histogram(
+            "breakeven_request_ttft_seconds", "Until the first token", ["class", "plan"],
+            buckets=_TTFT_S, registry=registry,
+        )
+        self._itl = Histogram(
+            "breakeven_request_itl_seconds", "Between tokens", ["class"],
+            buckets=_ITL_S, registry=registry,
+        )
+        self._plans = Counter(
+            "breakeven_plan", "Plans made", ["plan", "reason"], registry=registry
+        )
+        self._ratio = Histogram(
+            "breakeven_plan_error_ratio", "Actual over predicted TTFT",
+            buckets=_RATIO, registry=registry,
+        )
+        self._decision = Histogram(
+            "breakeven_router_decision_seconds", "Naming blocks, looking up and planning",
+            buckets=_DECISION_S, registry=registry,
+        )
+        self._requests = Counter(
+            "breakeven_requests", "Requests by how they ended", ["class", "outcome"],
+            registry=registry,
+        )
+
+    def planned(self, record: Record, decision_s: float) -> None:
+        self._plans.labels(record.plan.shape, record.plan.reason).inc()
+        self._decision.observe(decision_s)
+
+    def token(self, record: Record, gap_s: float) -> None:
+        self._itl.labels(record.service_class).observe(gap_s)
+
+    def finished(self, record: Record) -> None:
+        self._requests.labels(record.service_class, record.outcome).inc()
+        ttft_s = record.ttft_s
+        if ttft_s is None:
+            return
+        self._ttft.labels(record.service_class, record.plan.shape).observe(ttft_s)
+        if len(record.plans) == 1 and record.plan.predicted_ttft_s > 0:
+            self._ratio.observe(ttft_s / record.plan.predicted_ttft_s)
+
+
+class FleetMetrics(Collector):
+    """The whole cluster's sums, as its replicas last reported them.
+
+    A replica that restarts begins again at zero, which a Prometheus counter may.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterator[Metric]:
+        members = self._fleet.members()
+        up = GaugeMetricFamily(
+            "breakeven_replica_up", "1 while a replica answers", labels=["role", "replica"]
+        )
+        leases = GaugeMetricFamily("breakeven_leases", "Prefills whose blocks wait to be read")
+        for member in members:
+            up.add_metric([member.replica.role, member.name], float(member.up))
+        leases.add_metric([], sum(member.load.leased for member in members))
+        yield up
+        yield leases
+        yield self._tokens(members)
+        yield from self._transfers(members)
+
+    def _tokens(self, members: tuple[Member, ...]) -> Metric:
+        tokens = CounterMetricFamily(
+            "breakeven_prompt_tokens", "Prompt tokens by source", labels=["source"]
+        )
+        totals = [member.load.totals for member in members]
+        tokens.add_metric(["device"], sum(t.prompt_tokens_device for t in totals))
+        tokens.add_metric(["computed"], sum(t.prompt_tokens_computed for t in totals))
+        return tokens
+
+    def _transfers(self, members: tuple[Member, ...]) -> Iterator[Metric]:
+        labels = ["source_tier", "transport"]
+        moved = CounterMetricFamily("breakeven_transfer_bytes", "Bytes of KV read", labels=labels)
+        spent = CounterMetricFamily("breakeven_transfer_seconds", "Spent reading", labels=labels)
+        failed = CounterMetricFamily("breakeven_failed_transfers", "Reads of KV that failed")
+        by_lane: dict[str, tuple[float, float]] = {}
+        for member in members:
+            totals = member.load.totals
+            if totals.transfers:
+                lane = ",".join(member.load.lanes) or "unknown"
+                n_bytes, seconds = by_lane.get(lane, (0.0, 0.0))
+                by_lane[lane] = (n_bytes + totals.transfer_bytes, seconds + totals.transfer_s)
+        for lane, (n_bytes, seconds) in by_lane.items():
+            moved.add_metric(["device", lane], n_bytes)
+            spent.add_metric(["device", lane], seconds)
+        failed.add_metric([], sum(m.load.totals.failed_transfers for m in members))
+        yield moved
+        yield spent
+        yield failed

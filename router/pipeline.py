@@ -1,0 +1,96 @@
+"""The path of one request: admit, name its blocks, look, plan, run, stream, audit."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+
+from kv.block import chain, root_key
+from kv.plan import Plan, Reason
+from router.admission import Admission
+from router.audit import Audit, Record
+from router.errors import RequestLostError, RouterError
+from router.fleet import Fleet
+from router.policy.pair import Question, choose
+from router.request import Request
+from router.run import Attempt, run
+from workers.errors import WorkerError
+from workers.messages import Delta
+
+# Replicas may fail under a request; after this many plans it is the request that is at fault.
+MAX_PLANS = 4
+
+
+class Pipeline:
+    """Serves requests over a fleet. One an ingress; it keeps no state of a request."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        admission: Admission,
+        audit: Audit,
+        now: Callable[[], float],
+        assumed_streams: float,
+    ) -> None:
+        self._fleet, self._admission, self._audit, self._now = fleet, admission, audit, now
+        self._assumed_streams = assumed_streams
+
+    async def serve(self, request: Request) -> AsyncIterator[Delta]:
+        """The deltas of one request, until one has a finish reason.
+
+        Raises a `RouterError` when nobody can serve it. Closing the iterator aborts the request
+        on every engine.
+        """
+        with self._admission.admit():  # 1 admit
+            started_at = self._now()
+            plan = self._plan(request)  # 2 to 4
+            record = self._audit.open(request, plan, started_at)
+            try:
+                async with aclosing(self._run(request, plan, record)) as deltas:  # 5 run
+                    async for delta in deltas:
+                        self._audit.delta(record, delta)
+                        yield delta  # 6 stream
+                        record.outcome = delta.finish_reason or record.outcome
+            except RouterError:
+                record.outcome = "failed"
+                raise
+            finally:
+                self._audit.close(record)  # 7 audit
+
+    def _plan(self, request: Request) -> Plan:
+        """2 name its blocks, 3 take a snapshot, 4 choose the cheapest plan."""
+        keys = chain(root_key(request.salt), request.tokens, self._fleet.block_tokens())
+        snapshot = self._fleet.snapshot(keys)
+        plan = choose(
+            Question(
+                prompt_tokens=request.prompt_tokens,
+                snapshot=snapshot,
+                assumed_streams=self._assumed_streams,
+                local_only=request.local_only,
+            )
+        )
+        request.notes.plan = plan.header()
+        return plan
+
+    async def _run(self, request: Request, plan: Plan, record: Record) -> AsyncIterator[Delta]:
+        """Carry the plan out; when a replica fails before the first token, plan again."""
+        for number in range(MAX_PLANS):
+            attempt = Attempt(request, plan, f"{request.request_id}.{number}")
+            streamed = False
+            try:
+                async with aclosing(run(self._fleet, attempt, record)) as deltas:
+                    async for delta in deltas:
+                        streamed = streamed or bool(delta.token_ids)
+                        yield delta
+                return
+            except WorkerError as error:
+                if streamed:
+                    raise RequestLostError(request.request_id, str(error)) from error
+            plan = self._replan(request, record, attempt)
+        raise RequestLostError(request.request_id, f"{MAX_PLANS} plans failed")
+
+    def _replan(self, request: Request, record: Record, failed: Attempt) -> Plan:
+        began = self._now()
+        reason = Reason.PREFILL_LOST if failed.in_prefill else Reason.DECODE_LOST
+        plan = self._plan(request).because(reason)
+        request.notes.plan = plan.header()
+        self._audit.plan(record, plan, self._now() - began)
+        return plan

@@ -1,0 +1,95 @@
+"""Carrying a plan out: prefill on P, then decode on D behind its handoff.
+
+Whatever happens, P's blocks are either read by D or given back: when a prefill was aborted just
+as it finished, when a client left between the two steps, when D is gone.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from kv.plan import Plan
+from router.audit import Record
+from router.fleet import Fleet
+from router.member import Member
+from router.request import Request
+from workers.errors import ReplicaLostError
+from workers.messages import Delta, Role, Submit
+
+Handoff = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try at a request; `engine_id` names it on the engines, where an id is used once."""
+
+    request: Request
+    plan: Plan
+    engine_id: str
+    in_prefill: bool = False
+
+
+async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncIterator[Delta]:
+    """The decode replica's deltas, under the request's own id.
+
+    Raises `ReplicaLostError` when a replica of the plan fails.
+    """
+    handoff = None
+    if attempt.plan.prefill is not None:
+        attempt.in_prefill = True
+        handoff = await _prefill(fleet, attempt, attempt.plan.prefill, record)
+        attempt.in_prefill = False
+    unread = handoff
+    try:
+        decode = _member(fleet, attempt.plan.decode)
+        async with decode.run(_submit(attempt, Role.DECODE, handoff)) as deltas:
+            async for delta in deltas:
+                unread = None
+                record.decode_sources = delta.sources or record.decode_sources
+                yield _outward(attempt, delta, record)
+    except ReplicaLostError:
+        if unread is not None:
+            _release(fleet, attempt, unread)
+        raise
+
+
+async def _prefill(fleet: Fleet, attempt: Attempt, name: str, record: Record) -> Handoff:
+    """P's handoff for D to take."""
+    prefill = _member(fleet, name)
+    submit = _submit(attempt, Role.PREFILL, None)
+    async with prefill.run(submit, unread=lambda h: _release(fleet, attempt, h)) as deltas:
+        async for delta in deltas:
+            record.prefill_sources = delta.sources or record.prefill_sources
+            if delta.handoff is not None:
+                return delta.handoff
+    raise ReplicaLostError(name, f"{attempt.engine_id} ended without a handoff")
+
+
+def _release(fleet: Fleet, attempt: Attempt, handoff: Handoff) -> None:
+    decode = fleet.member(attempt.plan.decode) or next(iter(fleet.up(Role.DECODE)), None)
+    if decode is not None:  # without any, P's own lease ends it
+        decode.release(f"{attempt.engine_id}.release", handoff)
+
+
+def _member(fleet: Fleet, name: str) -> Member:
+    member = fleet.member(name)
+    if member is None:
+        raise ReplicaLostError(name, "gone before the request reached it")
+    return member
+
+
+def _submit(attempt: Attempt, role: Role, handoff: Handoff | None) -> Submit:
+    request = attempt.request
+    return Submit(attempt.engine_id, role, request.tokens, request.body, handoff)
+
+
+def _outward(attempt: Attempt, delta: Delta, record: Record) -> Delta:
+    """The delta as the client's: its own id, and the tokens that any engine computed for it."""
+    sources = delta.sources
+    if sources is not None:
+        computed = min(record.computed_tokens(), sources.prompt_tokens)
+        sources = msgspec.structs.replace(sources, computed_tokens=computed)
+    name = attempt.request.request_id
+    return msgspec.structs.replace(delta, request_id=name, handoff=None, sources=sources)

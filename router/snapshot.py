@@ -1,0 +1,34 @@
+"""An immutable view of the cluster, made for one request."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kv.curve import LinkCurve, PrefillCurve
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One routable replica.
+
+    `queued_tokens` are prompt tokens that it has still to compute for others; `hit_tokens` is
+    how much of this request's prompt its paged KV holds.
+    """
+
+    name: str
+    curve: PrefillCurve
+    step_s: float
+    queued_tokens: int
+    waiting: int
+    running: int
+    max_num_seqs: int
+    hit_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a plan is made from. `links` holds the warmed (prefill, decode) pairs only."""
+
+    prefill: tuple[ReplicaView, ...]
+    decode: tuple[ReplicaView, ...]
+    links: Mapping[tuple[str, str], LinkCurve]
+    kv_bytes_per_token: int

@@ -1,0 +1,86 @@
+"""Pairs of replicas: which have been introduced to each other, and what their link costs.
+
+The first transfer between two NIXL agents pays for a handshake, and a prefill replica that dies
+unmet costs its decode replica about 5 s (FACTS). So each pair moves two small prompts before it
+is routable, and those give the first link curve.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
+
+from kv.block import pack_tokens
+from kv.curve import LinkCurve, TransferSample, fit_link
+from router.member import Member
+from workers.errors import WorkerError
+from workers.messages import Role, Submit
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 60.0
+# Blocks of the prompts moved: the first meets the peer, the others are timed.
+_WARM_BLOCKS = (1, 2, 8)
+# Token ids that every vocabulary of a text model has.
+_VOCABULARY = 1000
+
+
+class Pairs:
+    """The warmed (prefill, decode) pairs. `body` is an engine request for one greedy token."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self._links: dict[tuple[str, str], LinkCurve] = {}
+        self._warming: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._random = random.Random()
+
+    @property
+    def links(self) -> Mapping[tuple[str, str], LinkCurve]:
+        """The routable pairs, each with the cost of its link. Never changed in place."""
+        return self._links
+
+    def warm(
+        self, prefill: Iterable[Member], decode: Iterable[Member], tasks: asyncio.TaskGroup
+    ) -> None:
+        """Begin to introduce whoever has not met yet."""
+        decode = tuple(decode)
+        for p in prefill:
+            for d in decode:
+                pair = (p.name, d.name)
+                if pair not in self._links and pair not in self._warming:
+                    task = tasks.create_task(self._introduce(p, d))
+                    self._warming[pair] = task
+                    task.add_done_callback(lambda _, pair=pair: self._warming.pop(pair, None))
+
+    def cool(self, name: str) -> None:
+        """Every pair of this replica is void: it restarted, hung or left."""
+        self._links = {pair: link for pair, link in self._links.items() if name not in pair}
+
+    async def _introduce(self, prefill: Member, decode: Member) -> None:
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                samples = [await self._move(prefill, decode, blocks) for blocks in _WARM_BLOCKS]
+        except (WorkerError, TimeoutError) as error:
+            logger.warning("%s and %s not warmed: %s", prefill.name, decode.name, error)
+            await asyncio.sleep(1.0)
+            return
+        if prefill.up and decode.up:
+            self._links = {**self._links, (prefill.name, decode.name): fit_link(samples[1:])}
+
+    async def _move(self, prefill: Member, decode: Member, blocks: int) -> TransferSample:
+        """Seconds from a handoff in hand to D's first token, when `blocks` are moved."""
+        n_tokens = blocks * prefill.replica.block_tokens
+        tokens = pack_tokens([self._random.randrange(_VOCABULARY) for _ in range(n_tokens)])
+        name = f"warm-{self._random.getrandbits(64):016x}"
+        loop = asyncio.get_running_loop()
+        async with AsyncExitStack() as stack:
+            ask = Submit(name, Role.PREFILL, tokens, self._body)
+            deltas = await stack.enter_async_context(prefill.run(ask))
+            handoff = [delta async for delta in deltas][-1].handoff
+            began = loop.time()
+            take = Submit(name, Role.DECODE, tokens, self._body, handoff)
+            deltas = await stack.enter_async_context(decode.run(take))
+            await anext(deltas)
+            seconds = loop.time() - began
+        return TransferSample(n_tokens * prefill.replica.kv_bytes_per_token, seconds)

@@ -1,0 +1,1 @@
+"""Tests, mirroring the packages. A package, so that no other `tests` on the path is taken."""

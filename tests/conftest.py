@@ -1,0 +1,29 @@
+"""Fixtures that more than one folder of tests uses."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cluster.model import ensure_default_model
+from tests.tiny_model import cached_tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def cache_dir() -> Path:
+    """Where models are kept between runs; make sets the variable."""
+    return Path(os.environ.get("BREAKEVEN_CACHE") or ROOT / ".cache")
+
+
+@pytest.fixture(scope="session")
+def default_model(cache_dir: Path) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder."""
+    return ensure_default_model(cache_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(cache_dir: Path, default_model: Path) -> Path:
+    """A random-weight Llama with the default model's tokenizer."""
+    return cached_tiny_model(cache_dir, default_model)
