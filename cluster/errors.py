@@ -1,7 +1,10 @@
-"""Errors of this package.
+"""Everything the cluster package raises.
 
 ClusterError
-└── ModelExportError    the default model could not be made
+├── ModelExportError    the default model could not be made
+├── ConfigError         a configuration that cannot be used
+├── StartError          the cluster did not come up
+└── NotRunningError     a command needs a running cluster and found none
 
 Messages say the subject, the numbers and the remedy. Constructors take positional
 arguments only, so that an error survives pickling between processes.
@@ -14,3 +17,29 @@ class ClusterError(Exception):
 
 class ModelExportError(ClusterError):
     """The default model could not be downloaded, read or written."""
+
+
+class ConfigError(ClusterError):
+    """A configuration that cannot be read or used."""
+
+    def __init__(self, source: str, complaint: str) -> None:
+        super().__init__(source, complaint)
+        self.source, self.complaint = source, complaint
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.complaint}; every key is explained in configs/cpu.yaml"
+
+
+class StartError(ClusterError):
+    """The cluster did not come up."""
+
+
+class NotRunningError(ClusterError):
+    """A command needs a running cluster."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"no cluster answers at {self.address}; start one with `breakeven serve`"

@@ -59,9 +59,7 @@ class Record:
 class Audit:
     """Opens, follows and closes records; keeps the last ones for `/admin/decisions`."""
 
-    def __init__(
-        self, now: Callable[[], float], observer: Observer, kept: int = 1000
-    ) -> None:
+    def __init__(self, now: Callable[[], float], observer: Observer, kept: int = 1000) -> None:
         self._now, self._observer = now, observer
         self.records: deque[Record] = deque(maxlen=kept)
 

@@ -6,7 +6,7 @@ pipeline where the engine core was.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from copy import copy
 from http import HTTPStatus
@@ -36,17 +36,15 @@ _FINISH = {str(reason): reason for reason in FinishReason}
 
 
 class ClusterCore:
-    """The pipeline in the shape of vLLM's engine-core client: requests in, outputs out."""
+    """The pipeline in the shape of vLLM's engine-core client: requests in, outputs out.
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
+    `fail(request_id, error)` is called when no plan for a request is left.
+    """
+
+    def __init__(self, pipeline: Pipeline, fail: Callable[[str, Exception], None]) -> None:
+        self._pipeline, self._fail = pipeline, fail
         self._outputs: asyncio.Queue[EngineCoreOutput] = asyncio.Queue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._fail = lambda request_id, error: None
-
-    def on_failure(self, fail: Any) -> None:
-        """`fail(request_id, error)` is called when no plan for a request is left."""
-        self._fail = fail
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Start a request in the task context of the HTTP request that it belongs to."""
@@ -88,7 +86,7 @@ class ClusterCore:
             self._fail(request.request_id, error)
 
 
-class ClusterClient(AsyncLLM):  # type: ignore[misc]
+class ClusterClient(AsyncLLM):
     """vLLM's `EngineClient` for a cluster."""
 
     def __init__(self, config: VllmConfig, pipeline: Pipeline, admission: Admission) -> None:
@@ -107,8 +105,7 @@ class ClusterClient(AsyncLLM):  # type: ignore[misc]
             log_stats=False,
             stream_interval=config.scheduler_config.stream_interval,
         )
-        self.engine_core = ClusterCore(pipeline)
-        self.engine_core.on_failure(self._fail)
+        self.engine_core = ClusterCore(pipeline, self._fail)
         self._admission = admission
 
     @property

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 # A replica beats at least once a second; this long without a word and it gets no more work.
 SILENCE_S = 3.0
 _WATCH_EVERY_S = 0.25
+_DIRECTORY_EVERY_S = 1.0
 _SWEEP_SHARDS = 16
 
 
@@ -49,8 +50,11 @@ class Fleet:
     async def watch(self) -> None:
         """Until cancelled: follow the directory, notice silence, warm pairs, sweep."""
         async with asyncio.TaskGroup() as tasks:
+            followed_at = -_DIRECTORY_EVERY_S
             while True:
-                await self._follow_directory()
+                if self._now() - followed_at >= _DIRECTORY_EVERY_S:
+                    followed_at = self._now()
+                    await self._follow_directory()
                 self._notice_silence()
                 self.pairs.warm(self.up(Role.PREFILL), self.up(Role.DECODE), tasks)
                 self.catalogue.sweep(_SWEEP_SHARDS)
@@ -134,12 +138,19 @@ class Fleet:
         self._forget(member)
 
     def _notice_silence(self) -> None:
-        for member in self._members.values():
+        for member in list(self._members.values()):
             silent_s = self._now() - member.heard_at
             if member.up and silent_s > SILENCE_S:
                 logger.warning("%s silent for %.1f s", member.name, silent_s)
                 member.lose(f"silent for {silent_s:.1f} s")
-                self.pairs.cool(member.name)
+                self._reconnect(member)
+
+    def _reconnect(self, member: Member) -> None:
+        # A replica that only hung welcomes nobody twice; a new connection is welcomed, and what
+        # the old one left running there is aborted when the replica misses it.
+        member.close()
+        self.pairs.cool(member.name)
+        self._adopt(member.replica)
 
     def _forget(self, member: Member) -> None:
         self.catalogue.forget(_holder(member))

@@ -210,8 +210,10 @@ def _request_id(scope: Scope) -> str:
 
 
 def _service_class(tier: object) -> ServiceClass:
-    return CLASS_OF_TIER.get(tier, ServiceClass.INTERACTIVE) if isinstance(tier, str) else (
-        ServiceClass.INTERACTIVE
+    return (
+        CLASS_OF_TIER.get(tier, ServiceClass.INTERACTIVE)
+        if isinstance(tier, str)
+        else (ServiceClass.INTERACTIVE)
     )
 
 

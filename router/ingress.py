@@ -3,11 +3,10 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import msgspec
 import uvicorn
 from prometheus_client import CollectorRegistry
 from vllm.config import VllmConfig
@@ -23,45 +22,35 @@ from router.guard import App, Guard, Receive, Scope, Send
 from router.member import Member
 from router.metrics import FleetMetrics, RequestMetrics
 from router.pipeline import Pipeline
-from workers.messages import Link, Replica
+from router.settings import IngressSettings
+from workers.messages import Inbox, Link, Replica
 
 logger = logging.getLogger(__name__)
 
-
-class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """All that an ingress is told; made by cluster/, plain data so that it can be pickled."""
-
-    model: str
-    served_names: tuple[str, ...]
-    engine: dict[str, object]
-    host: str
-    port: int
-    secret: bytes
-    expects_prefill: bool
-    max_requests: int = 256
-    max_body_bytes: int = 10_000_000
-    assumed_streams: float = 0.5
-    drain_s: float = 30.0
+# (address of a replica, name of this ingress, where its replies go) to a link.
+Connect = Callable[[str, str, Inbox], Link]
 
 
 class Ingress:
-    """Serves HTTP until cancelled. `connect` makes the link to a replica for its member."""
+    """Serves HTTP until cancelled. Made on the running event loop, whose clock it uses.
+
+    `args` and `config` are vLLM's, made from the same options as the engines'.
+    """
 
     def __init__(
         self,
         name: str,
         settings: IngressSettings,
         directory: Directory,
-        connect: Any,
-        api_args: Any,
+        connect: Connect,
+        args: Namespace,
         config: VllmConfig,
     ) -> None:
-        self._settings, self._args = settings, api_args
+        self._settings, self._args = settings, args
         now = asyncio.get_running_loop().time
 
         def link(replica: Replica, member: Member) -> Link:
-            made: Link = connect(replica.address, name, member)
-            return made
+            return connect(replica.address, name, member)
 
         self.fleet = Fleet(directory, link, warm_body(), now, settings.expects_prefill)
         registry = CollectorRegistry()
@@ -80,7 +69,10 @@ class Ingress:
             serving = asyncio.create_task(server.serve(sockets=[sock]))
             watching = asyncio.create_task(self.fleet.watch())
             try:
-                await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
+                both = {serving, watching}
+                ended, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    task.result()
             finally:
                 server.should_exit = True
                 await asyncio.gather(serving, return_exceptions=True)

@@ -1,7 +1,7 @@
 """One replica as this ingress sees it: its link, its load, and the requests it runs for us."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -94,7 +94,7 @@ class Member:
 
     async def _deltas(
         self, request_id: str, answers: "asyncio.Queue[Delta | WorkerError]"
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta]:
         while True:
             answer = await answers.get()
             if isinstance(answer, WorkerError):

@@ -21,26 +21,36 @@ class RequestMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._ttft = Histogram(
-            "breakeven_request_ttft_seconds", "Until the first token", ["class", "plan"],
-            buckets=_TTFT_S, registry=registry,
+            "breakeven_request_ttft_seconds",
+            "Until the first token",
+            ["class", "plan"],
+            buckets=_TTFT_S,
+            registry=registry,
         )
         self._itl = Histogram(
-            "breakeven_request_itl_seconds", "Between tokens", ["class"],
-            buckets=_ITL_S, registry=registry,
+            "breakeven_request_itl_seconds",
+            "Between tokens",
+            ["class"],
+            buckets=_ITL_S,
+            registry=registry,
         )
-        self._plans = Counter(
-            "breakeven_plan", "Plans made", ["plan", "reason"], registry=registry
-        )
+        self._plans = Counter("breakeven_plan", "Plans made", ["plan", "reason"], registry=registry)
         self._ratio = Histogram(
-            "breakeven_plan_error_ratio", "Actual over predicted TTFT",
-            buckets=_RATIO, registry=registry,
+            "breakeven_plan_error_ratio",
+            "Actual over predicted TTFT",
+            buckets=_RATIO,
+            registry=registry,
         )
         self._decision = Histogram(
-            "breakeven_router_decision_seconds", "Naming blocks, looking up and planning",
-            buckets=_DECISION_S, registry=registry,
+            "breakeven_router_decision_seconds",
+            "Naming blocks, looking up and planning",
+            buckets=_DECISION_S,
+            registry=registry,
         )
         self._requests = Counter(
-            "breakeven_requests", "Requests by how they ended", ["class", "outcome"],
+            "breakeven_requests",
+            "Requests by how they ended",
+            ["class", "outcome"],
             registry=registry,
         )
 

@@ -1,9 +1,9 @@
 """The path of one request: admit, name its blocks, look, plan, run, stream, audit."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 
-from kv.block import chain, root_key
+from kv.block import TOKEN_BYTES, chain, root_key
 from kv.plan import Plan, Reason
 from router.admission import Admission
 from router.audit import Audit, Record
@@ -33,7 +33,7 @@ class Pipeline:
         self._fleet, self._admission, self._audit, self._now = fleet, admission, audit, now
         self._assumed_streams = assumed_streams
 
-    async def serve(self, request: Request) -> AsyncIterator[Delta]:
+    async def serve(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The deltas of one request, until one has a finish reason.
 
         Raises a `RouterError` when nobody can serve it. Closing the iterator aborts the request
@@ -55,10 +55,12 @@ class Pipeline:
             finally:
                 self._audit.close(record)  # 7 audit
 
-    def _plan(self, request: Request) -> Plan:
+    def _plan(self, request: Request, avoid: Collection[str] = ()) -> Plan:
         """2 name its blocks, 3 take a snapshot, 4 choose the cheapest plan."""
-        keys = chain(root_key(request.salt), request.tokens, self._fleet.block_tokens())
-        snapshot = self._fleet.snapshot(keys)
+        # Without its last token, which engines always compute, and with it all of its block.
+        reusable = request.tokens[:-TOKEN_BYTES]
+        keys = chain(root_key(request.salt), reusable, self._fleet.block_tokens())
+        snapshot = self._fleet.snapshot(keys).without(avoid)
         plan = choose(
             Question(
                 prompt_tokens=request.prompt_tokens,
@@ -70,8 +72,11 @@ class Pipeline:
         request.notes.plan = plan.header()
         return plan
 
-    async def _run(self, request: Request, plan: Plan, record: Record) -> AsyncIterator[Delta]:
+    async def _run(
+        self, request: Request, plan: Plan, record: Record
+    ) -> AsyncGenerator[Delta, None]:
         """Carry the plan out; when a replica fails before the first token, plan again."""
+        failed: set[str] = set()
         for number in range(MAX_PLANS):
             attempt = Attempt(request, plan, f"{request.request_id}.{number}")
             streamed = False
@@ -84,13 +89,16 @@ class Pipeline:
             except WorkerError as error:
                 if streamed:
                     raise RequestLostError(request.request_id, str(error)) from error
-            plan = self._replan(request, record, attempt)
-        raise RequestLostError(request.request_id, f"{MAX_PLANS} plans failed")
+                if number + 1 == MAX_PLANS:
+                    complaint = f"{MAX_PLANS} plans failed, the last: {error}"
+                    raise RequestLostError(request.request_id, complaint) from error
+            failed.add(attempt.replica)
+            plan = self._replan(attempt, record, failed)
 
-    def _replan(self, request: Request, record: Record, failed: Attempt) -> Plan:
-        began = self._now()
-        reason = Reason.PREFILL_LOST if failed.in_prefill else Reason.DECODE_LOST
-        plan = self._plan(request).because(reason)
+    def _replan(self, attempt: Attempt, record: Record, failed: Collection[str]) -> Plan:
+        began, request = self._now(), attempt.request
+        reason = Reason.PREFILL_LOST if attempt.in_prefill else Reason.DECODE_LOST
+        plan = self._plan(request, avoid=failed).because(reason)
         request.notes.plan = plan.header()
         self._audit.plan(record, plan, self._now() - began)
         return plan

@@ -4,7 +4,7 @@ Whatever happens, P's blocks are either read by D or given back: when a prefill 
 as it finished, when a client left between the two steps, when D is gone.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,14 @@ class Attempt:
     engine_id: str
     in_prefill: bool = False
 
+    @property
+    def replica(self) -> str:
+        """Whom it waits for."""
+        prefill = self.plan.prefill if self.in_prefill else None
+        return prefill or self.plan.decode
 
-async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncIterator[Delta]:
+
+async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[Delta, None]:
     """The decode replica's deltas, under the request's own id.
 
     Raises `ReplicaLostError` when a replica of the plan fails.

@@ -9,7 +9,9 @@ def tenant_salt(secret: bytes, tenant: str, client_salt: str) -> str:
 
     Two tenants never share a block by choosing the same salt, and nobody can guess another's.
     """
-    message = len(tenant.encode()).to_bytes(4, "big") + tenant.encode() + client_salt.encode(
-        "utf-8", "surrogatepass"
+    message = (
+        len(tenant.encode()).to_bytes(4, "big")
+        + tenant.encode()
+        + client_salt.encode("utf-8", "surrogatepass")
     )
     return hmac.new(secret, message, hashlib.sha256).hexdigest()

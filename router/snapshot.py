@@ -1,7 +1,7 @@
 """An immutable view of the cluster, made for one request."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from kv.curve import LinkCurve, PrefillCurve
 
@@ -32,3 +32,9 @@ class Snapshot:
     decode: tuple[ReplicaView, ...]
     links: Mapping[tuple[str, str], LinkCurve]
     kv_bytes_per_token: int
+
+    def without(self, names: Collection[str]) -> "Snapshot":
+        """The same view less some replicas; the decode replicas stay if no other is there."""
+        prefill = tuple(view for view in self.prefill if view.name not in names)
+        decode = tuple(view for view in self.decode if view.name not in names)
+        return replace(self, prefill=prefill, decode=decode or self.decode)

@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 
 from kv.block import pack_tokens
 from kv.curve import LinkCurve, TransferSample, fit_link
@@ -51,11 +52,14 @@ class Pairs:
                 if pair not in self._links and pair not in self._warming:
                     task = tasks.create_task(self._introduce(p, d))
                     self._warming[pair] = task
-                    task.add_done_callback(lambda _, pair=pair: self._warming.pop(pair, None))
+                    task.add_done_callback(partial(self._warmed, pair))
 
     def cool(self, name: str) -> None:
         """Every pair of this replica is void: it restarted, hung or left."""
         self._links = {pair: link for pair, link in self._links.items() if name not in pair}
+
+    def _warmed(self, pair: tuple[str, str], _: "asyncio.Task[None]") -> None:
+        del self._warming[pair]
 
     async def _introduce(self, prefill: Member, decode: Member) -> None:
         try:

@@ -4,9 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from cluster.model import ensure_default_model
 from tests.tiny_model import cached_tiny_model
+
+# Machines that are shared are slow now and then; that is no fault of an example.
+settings.register_profile("breakeven", deadline=None)
+settings.load_profile("breakeven")
 
 ROOT = Path(__file__).resolve().parent.parent
 

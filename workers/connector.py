@@ -15,6 +15,7 @@ from workers.messages import Role
 # NIXL's Python API hard-codes a progress-thread delay of 0, which makes an idle agent spin a
 # whole core (measured: 1.04 cores, against 0.05 at 1,000 us; prefill 3x slower with two spinning).
 PROGRESS_DELAY_US = 1000
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 def prepare(host: str, ucx_log: Path, transports: str | None) -> int:
@@ -30,6 +31,9 @@ def prepare(host: str, ucx_log: Path, transports: str | None) -> int:
     os.environ["UCX_LOG_FILE"] = str(ucx_log)
     if transports:
         os.environ["UCX_TLS"] = transports
+    if host in LOOPBACK:
+        # UCX's TCP would listen on every network otherwise.
+        os.environ.setdefault("UCX_NET_DEVICES", ",".join(["lo", *_rdma_ports()]))
     return port
 
 
@@ -39,10 +43,10 @@ def calm_progress_thread(delay_us: int = PROGRESS_DELAY_US) -> None:
     Replaces the config class that `nixl_agent` instantiates by one whose `pthrDelay` keeps our
     value: upstream offers no parameter for it (nixl 1.5.1, `_api.py`).
     """
-    api = importlib.import_module("nixl._api")
+    api: Any = importlib.import_module("nixl._api")
     bindings = api.nixlBind
 
-    class CalmConfig(bindings.nixlAgentConfig):  # type: ignore[name-defined,misc]
+    class CalmConfig(bindings.nixlAgentConfig):  # type: ignore[name-defined]
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, delay_us if name == "pthrDelay" else value)
 
@@ -79,6 +83,12 @@ KEEP_FOR_DECODE: dict[str, Any] = {
     "remote_host": None,
     "remote_port": None,
 }
+
+
+def _rdma_ports() -> list[str]:
+    """UCX's names of this machine's RDMA ports, such as `mlx5_0:1`."""
+    ports = Path("/sys/class/infiniband").glob("*/ports/*")
+    return sorted(f"{port.parent.parent.name}:{port.name}" for port in ports)
 
 
 def _free_port(host: str) -> int:

@@ -55,7 +55,7 @@ class Engine:
     def __init__(self, config: VllmConfig, listener: Callable[[StepReport], None]) -> None:
         self._core = EngineCore(config, Executor.get_class(config), log_stats=True)
         self._scheduler: Any = self._core.scheduler
-        self._world_size = config.parallel_config.world_size
+        self._world_size: int = config.parallel_config.world_size
         events = _MirrorEvents()
         self._mirror = events.mirror
         self._scheduler.kv_event_publisher = events
@@ -80,7 +80,7 @@ class Engine:
         config = self._scheduler.kv_cache_config
         page_tokens = self._scheduler.cache_config.block_size
         allocated = sum(tensor.size for tensor in config.kv_cache_tensors)
-        return int(allocated // (config.num_blocks * page_tokens)) * self._world_size
+        return self._world_size * int(allocated // (config.num_blocks * page_tokens))
 
     def add(self, request: EngineCoreRequest) -> None:
         """Queue a request. Hashing and grammar set-up happen here, off the step loop."""

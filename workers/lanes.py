@@ -11,7 +11,7 @@ from pathlib import Path
 
 _ENDPOINT = re.compile(r"\|\s.*\b(?P<kind>self|intra-node|inter-node) cfg#\d+")
 _ROW = re.compile(r"\|\s*\S+\s*\|[^|]*\|(?P<config>[^|]*)\|\s*$")
-_LANE = re.compile(r"(?P<lane>[a-z0-9_]+/[\w.:]+)")
+_LANE = re.compile(r"(?P<lane>[a-z0-9_]+/[\w.:-]+)")
 # UCX's names of RDMA transports.
 _RDMA = frozenset({"rc", "rc_mlx5", "rc_verbs", "dc", "dc_mlx5", "ud", "ud_mlx5", "ud_verbs"})
 

@@ -47,6 +47,23 @@ class Replica(msgspec.Struct, frozen=True):
     wire_version: int = WIRE_VERSION
 
 
+# Where announcements lie in Ray's GCS, and how often each is renewed.
+DIRECTORY_NAMESPACE = b"breakeven"
+RENEW_S = 2.0
+
+
+class Announcement(msgspec.Struct, frozen=True):
+    """A replica's record in the directory; `beat` grows with each renewal."""
+
+    replica: Replica
+    beat: int
+
+
+def directory_prefix(cluster: str) -> str:
+    """The key prefix of all announcements of one cluster."""
+    return f"replicas/{cluster}/"
+
+
 # ------------------------------------------------------------------ ingress to replica
 
 
@@ -195,17 +212,19 @@ def encode(message: Request | Reply) -> bytes:
 def decode_request(frame: bytes, peer: str) -> Request:
     """A frame from an ingress; raises `WireError` for anything else."""
     try:
-        return _requests.decode(frame)
+        request: Request = _requests.decode(frame)
     except msgspec.MsgspecError as error:
         raise WireError(peer, str(error)) from error
+    return request
 
 
 def decode_reply(frame: bytes, peer: str) -> Reply:
     """A frame from a replica; raises `WireError` for anything else."""
     try:
-        return _replies.decode(frame)
+        reply: Reply = _replies.decode(frame)
     except msgspec.MsgspecError as error:
         raise WireError(peer, str(error)) from error
+    return reply
 
 
 class Inbox(Protocol):

@@ -59,9 +59,9 @@ def engine_config(
     """vLLM's config of one engine, or of the ingress when `transfer` is None."""
     args = AsyncEngineArgs.from_cli_args(parsed)
     if transfer is not None:
-        args.kv_transfer_config = dict(transfer)  # type: ignore[assignment]
+        args.kv_transfer_config = dict(transfer)
     if events:
-        args.kv_events_config = {  # type: ignore[assignment]
+        args.kv_events_config = {
             "enable_kv_cache_events": True,
             "publisher": "null",
         }
@@ -71,7 +71,7 @@ def engine_config(
         raise EngineOptionError(f"model {parsed.model}", str(error)) from error
 
 
-class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
+class _Parser(FlexibleArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise EngineOptionError("engine", message)
 

@@ -32,7 +32,7 @@ def probe(core: EngineCore, budget_s: float, seed: int) -> tuple[tuple[Sample, .
         if not _fits(core, samples, length, budget_s - (time.perf_counter() - started)):
             break
         samples.append((length, 0, _run(core, _prompt(core, rng, length), 1)[0]))
-    first_s, *steps_s = _run(core, _prompt(core, rng, _LENGTHS_TOKENS[0]), 1 + _STEPS)
+    _, *steps_s = _run(core, _prompt(core, rng, _LENGTHS_TOKENS[0]), 1 + _STEPS)
     core.reset_prefix_cache()
     return tuple(samples), sum(steps_s) / len(steps_s)
 

@@ -1,6 +1,7 @@
 """One replica put together: engine, mirror, probes and channel. Ray is not needed to run it."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -30,6 +31,7 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     scratch: str
     transports: str | None = None
     lease_s: int = 30
+    drain_s: float = 30.0
     probe_s: float = 4.0
     seed: int = 0
 
@@ -107,6 +109,12 @@ class ReplicaProcess:
         failure = self._engine.failure
         if failure is not None:
             raise EngineDeadError(self.name, f"{type(failure).__name__}: {failure}")
+
+    async def drain(self) -> None:
+        """Wait until no ingress has a request here any more, `drain_s` at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                await self._server.quiet()
 
     def stop(self) -> None:
         """Stop the engine and remove what it left on disk; safe to call twice."""

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import zmq
@@ -57,6 +57,8 @@ class ReplicaServer:
         self._load = wire.Load()
         self._load_sent = (self._load, 0.0)
         self._lanes: tuple[str, ...] = ()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
 
     async def serve(self, engine: "Engine", replica: wire.Replica) -> None:
         """Until cancelled: answer messages, beat, and drop peers that fell silent."""
@@ -76,6 +78,16 @@ class ReplicaServer:
     def show_lanes(self, lanes: tuple[str, ...]) -> None:
         """The transports that UCX chose, as far as known."""
         self._lanes = lanes
+
+    async def quiet(self) -> None:
+        """Wait until no ingress waits for tokens and no finished prefill to be read."""
+        await self._quiet.wait()
+
+    def _note_quiet(self) -> None:
+        if self._owner or self._load.leased:
+            self._quiet.clear()
+        else:
+            self._quiet.set()
 
     # ------------------------------------------------------------------ what comes in
 
@@ -115,9 +127,10 @@ class ReplicaServer:
     def _snapshot(self, identity: bytes) -> None:
         # Taken on the engine's thread, between two steps, so that the deltas which follow it
         # are exactly those that it lacks.
-        self._engine.snapshot(
-            lambda keys: self._loop.call_soon_threadsafe(self._follow, identity, keys)
-        )
+        def follow(keys: bytes) -> None:
+            self._loop.call_soon_threadsafe(self._follow, identity, keys)
+
+        self._engine.snapshot(follow)
 
     def _follow(self, identity: bytes, keys: bytes) -> None:
         peer = self._peers.get(identity)
@@ -140,6 +153,7 @@ class ReplicaServer:
             return
         peer.requests.add(message.request_id)
         self._owner[message.request_id] = identity
+        self._note_quiet()
 
     def _abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -164,6 +178,7 @@ class ReplicaServer:
                 self._settle(delta.request_id)
         for identity, deltas in by_peer.items():
             self._send(identity, wire.Step(deltas))
+        self._note_quiet()
         if report.change:
             self._tell_blocks(report.change.stored, report.change.removed)
 
@@ -189,10 +204,11 @@ class ReplicaServer:
 
     def _send(self, identity: bytes, message: wire.Reply) -> None:
         try:
-            sending = self._socket.send_multipart([identity, wire.encode(message)], zmq.NOBLOCK)
+            future = self._socket.send_multipart([identity, wire.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             self._drop(identity, f"cannot be reached: {error}")
             return
+        sending = cast("asyncio.Future[Any]", future)
         if sending.done():
             self._sent(identity, sending)
         else:
@@ -211,12 +227,14 @@ class ReplicaServer:
         peer = self._peers.pop(identity, None)
         if peer is None:
             return
-        logger.warning("ingress %s dropped with %d requests: %s", peer.ingress,
-                       len(peer.requests), why)
+        logger.warning(
+            "ingress %s dropped with %d requests: %s", peer.ingress, len(peer.requests), why
+        )
         for request_id in peer.requests:
             self._owner.pop(request_id, None)
         if peer.requests:
             self._engine.abort(list(peer.requests))
+        self._note_quiet()
 
     def _settle(self, request_id: str) -> None:
         """A request is over: nobody owns it any more."""
@@ -224,3 +242,4 @@ class ReplicaServer:
         peer = self._peers.get(identity) if identity is not None else None
         if peer is not None:
             peer.requests.discard(request_id)
+        self._note_quiet()

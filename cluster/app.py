@@ -1,0 +1,146 @@
+"""From a configuration to Ray Serve deployments: what runs where, with which environment."""
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from cluster.config import Config, Pool
+from router.settings import IngressSettings
+from workers.messages import Role
+from workers.replica import ReplicaSettings
+
+APP = "breakeven"
+# Serve asks this often whether a replica is well, and this long waits for the answer: a CPU
+# engine that computes a long chunk may be slow to give it.
+_HEALTH_PERIOD_S = 5.0
+_HEALTH_TIMEOUT_S = 30.0
+# Beyond the ingress's drain: an engine outlives the requests that it still serves.
+_ENGINE_STOP_S = 15.0
+
+
+def build(config: Config, model: Path | str, scratch: Path, secret: bytes) -> Application:
+    """The Serve application: ingress, prefill pool and decode pool."""
+    pools = [
+        _engines(config, Role.PREFILL, config.prefill, model, scratch),
+        _engines(config, Role.DECODE, config.decode, model, scratch),
+    ]
+    return _ingress(config, model, secret, [pool for pool in pools if pool is not None])
+
+
+def engine_options(config: Config, pool: Pool | None) -> dict[str, Any]:
+    """vLLM's options for a pool, or for the API server; a null option is left to vLLM."""
+    merged = {**config.engine, **(pool.engine if pool else {})}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def _engines(
+    config: Config, role: Role, pool: Pool, model: Path | str, scratch: Path
+) -> Application | None:
+    if pool.replicas == 0:
+        return None
+    # Ray imports it on the replicas; here vLLM stays unloaded.
+    from workers.deployment import EngineReplica
+
+    settings = ReplicaSettings(
+        role=role,
+        model=str(model),
+        served_names=config.served_names,
+        engine=engine_options(config, pool),
+        host=config.host,
+        scratch=str(scratch),
+        transports=config.kv.transports,
+        lease_s=config.kv.lease_s,
+        drain_s=config.ingress.drain_s,
+        probe_s=config.router.probe_s,
+    )
+    deployment = serve.deployment(
+        EngineReplica,
+        name=role,
+        num_replicas=pool.replicas,
+        ray_actor_options=_resources(config, pool, model),
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=config.ingress.drain_s + _ENGINE_STOP_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        **_bundles(config, pool),
+    )
+    return deployment.bind(APP, settings)
+
+
+def _ingress(
+    config: Config, model: Path | str, secret: bytes, pools: list[Application]
+) -> Application:
+    from cluster.deployment import IngressReplica
+
+    section = config.ingress
+    settings = IngressSettings(
+        model=str(model),
+        served_names=config.served_names,
+        engine=engine_options(config, None),
+        host=section.host,
+        replica_host=config.host,
+        port=section.port,
+        secret=secret,
+        expects_prefill=config.prefill.replicas > 0,
+        max_requests=section.max_requests,
+        max_body_bytes=section.max_body_bytes,
+        assumed_streams=config.router.assumed_streams,
+        drain_s=section.drain_s,
+    )
+    deployment = serve.deployment(
+        IngressReplica,
+        name="ingress",
+        num_replicas=section.replicas,
+        ray_actor_options={
+            "num_cpus": section.cpus,
+            "runtime_env": {"env_vars": _environment(config, model, 1)},
+        },
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=section.drain_s + 5,
+        graceful_shutdown_wait_loop_s=0.2,
+    )
+    return deployment.bind(APP, settings, *pools)
+
+
+def _resources(config: Config, pool: Pool, model: Path | str) -> dict[str, Any]:
+    env = {"env_vars": _environment(config, model, max(1, round(pool.cpus)))}
+    if config.device == "cuda" and config.tensor_parallel(pool) == 1:
+        return {"num_cpus": pool.cpus, "num_gpus": 1, "runtime_env": env}
+    return {"num_cpus": pool.cpus, "runtime_env": env}
+
+
+def _bundles(config: Config, pool: Pool) -> dict[str, Any]:
+    """A placement group for replicas of several GPUs: all on one node, the replica's actor in
+    the first bundle, vLLM's ranks as its child processes."""
+    gpus = config.tensor_parallel(pool)
+    if config.device != "cuda" or gpus == 1:
+        return {}
+    first = {"CPU": pool.cpus, "GPU": float(gpus)}
+    return {"placement_group_bundles": [first], "placement_group_strategy": "STRICT_PACK"}
+
+
+def _environment(config: Config, model: Path | str, threads: int) -> dict[str, str]:
+    """What vLLM and its libraries read when they load."""
+    env = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_HOST_IP": config.host,
+        # The mirror needs whole hashes; vLLM's default cuts them to 64 bits.
+        "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": "0",
+    }
+    if isinstance(model, Path):
+        env["HF_HUB_OFFLINE"] = "1"
+    if config.device == "cpu":
+        env |= {
+            # One process an engine; vLLM would turn `uni` into `mp` on CPUs.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # Several engines share the cores; vLLM would pin them all to the same ones.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    return env

@@ -1,0 +1,109 @@
+"""The `breakeven` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.config import load
+from cluster.errors import ClusterError, ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; errors of ours are one line on stderr and exit status 1."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="breakeven",
+        description="A disaggregated LLM serving cluster: prefill and decode in separate pools.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add(commands, "status", _status, "what runs: replicas, load, cache, links")
+    _add(commands, "doctor", _doctor, "what is wrong with this machine or cluster, and the remedy")
+    _add(commands, "down", _down, "end a cluster, or what a crashed one left behind")
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="run a cluster until Ctrl-C")
+    serve.add_argument("--config", type=Path, help="a YAML file; keys as in configs/cpu.yaml")
+    serve.add_argument("--prefill", type=int, metavar="N", help="prefill replicas")
+    serve.add_argument("--decode", type=int, metavar="N", help="decode replicas")
+    serve.add_argument("--model", help="a model folder or hub name")
+    serve.add_argument("--host", help="address of the HTTP side")
+    serve.add_argument("--port", type=int, help="port of the HTTP side")
+    serve.add_argument(
+        "--engine-arg",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="an option of vLLM's, for every engine and the API server; may be repeated",
+    )
+    serve.set_defaults(run=_serve)
+
+
+def _add(commands: Any, name: str, run: Any, about: str) -> None:
+    command = commands.add_parser(name, help=about)
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=run)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    # Ray loads late: status and doctor answer without it.
+    from cluster.launch import serve
+
+    return serve(load(arguments.config, _overrides(arguments)))
+
+
+def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of `serve` as the sections of the file."""
+    sections: dict[str, Any] = {"engine": dict(map(_engine_arg, arguments.engine_arg))}
+    given = {
+        ("model",): arguments.model,
+        ("prefill", "replicas"): arguments.prefill,
+        ("decode", "replicas"): arguments.decode,
+        ("ingress", "host"): arguments.host,
+        ("ingress", "port"): arguments.port,
+    }
+    for path, value in given.items():
+        if value is not None:
+            *section, key = path
+            (sections.setdefault(section[0], {}) if section else sections)[key] = value
+    return sections
+
+
+def _engine_arg(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--engine-arg {text}", "no K=V")
+    return name.replace("-", "_"), yaml.safe_load(value)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from cluster.status import status
+
+    return status(arguments.json)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cluster.doctor import doctor
+
+    return doctor(arguments.json)
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from cluster.down import down
+
+    return down(arguments.json)

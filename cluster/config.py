@@ -1,0 +1,146 @@
+"""The cluster's configuration: small typed sections, unknown keys refused.
+
+`configs/cpu.yaml` is the embedded default and the reference: every key stands there with its
+comment. A file given with --config replaces sections key by key; command-line options come last.
+The environment is read here and nowhere else.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from cluster.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = ROOT / "configs" / "cpu.yaml"
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One pool of engines; `engine` overrides the common engine options for it."""
+
+    replicas: Count = 1
+    cpus: Annotated[float, Meta(gt=0)] = 1.0
+    engine: dict[str, Any] = {}
+
+
+class IngressSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The HTTP side."""
+
+    replicas: Positive = 1
+    cpus: Annotated[float, Meta(gt=0)] = 1.0
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    max_requests: Positive = 256
+    max_body_bytes: Positive = 10_000_000
+    drain_s: Seconds = 30.0
+
+
+class KvSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How KV moves between replicas."""
+
+    transports: str | None = None
+    lease_s: Positive = 30
+
+
+class RouterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What plans are made by."""
+
+    assumed_streams: Annotated[float, Meta(ge=0)] = 0.5
+    probe_s: Seconds = 4.0
+
+
+class RaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The Ray cluster: one of our own on this machine, or one that runs."""
+
+    address: str | None = None
+    dashboard: bool = False
+    dashboard_port: Port = 8265
+    object_store_bytes: Annotated[int, Meta(ge=78_643_200)] = 100_000_000
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that can be set."""
+
+    model: str = "default"
+    served_names: Annotated[tuple[str, ...], Meta(min_length=1)] = ("smollm2",)
+    device: Literal["cpu", "cuda"] = "cpu"
+    host: str = "127.0.0.1"
+    engine: dict[str, Any] = {}
+    prefill: Pool = Pool()
+    decode: Pool = Pool()
+    ingress: IngressSection = IngressSection()
+    kv: KvSection = KvSection()
+    router: RouterSection = RouterSection()
+    ray: RaySection = RaySection()
+
+    def tensor_parallel(self, pool: Pool) -> int:
+        """GPUs of one replica of `pool`."""
+        sizes = {**self.engine, **pool.engine}
+        ranks = (sizes.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size"))
+        total = 1
+        for size in ranks:
+            total *= int(size)
+        return total
+
+
+def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
+    """The default file, then `path`, then `overrides` (nested mappings). Raises `ConfigError`."""
+    merged = _read(DEFAULT)
+    if path is not None:
+        merged = _merge(merged, _read(path))
+    merged = _merge(merged, overrides)
+    try:
+        config = msgspec.convert(merged, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(path or DEFAULT), str(error)) from error
+    _check(config, str(path or DEFAULT))
+    return config
+
+
+def cache_dir() -> Path:
+    """Where models and the state of running clusters are kept."""
+    return Path(os.environ.get("BREAKEVEN_CACHE") or ROOT / ".cache").resolve()
+
+
+def _check(config: Config, source: str) -> None:
+    if config.decode.replicas < 1:
+        raise ConfigError(source, "decode.replicas is 0, at least 1 wanted: tokens come from there")
+    for host in (config.ingress.host, config.host):
+        if host not in ("127.0.0.1", "::1", "localhost") and config.ray.address is None:
+            raise ConfigError(
+                source, f"host {host} is not loopback; API keys come first, use 127.0.0.1"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"is no YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(str(path), f"holds a {type(content).__name__}, a mapping wanted")
+    return content
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on `base`; mappings are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,43 @@
+"""An ingress under Ray Serve. It listens itself, so that no proxy hop stands before it."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+from ray import serve
+
+from router.serve_adapter import GcsDirectory
+from router.settings import IngressSettings
+from workers import serve_port
+from workers.channel import ChannelLink
+
+
+class IngressReplica:
+    """The class of the ingress deployment; `pools` only ties the deployments into one app."""
+
+    # Serve awaits it.
+    async def __init__(self, cluster: str, settings: IngressSettings, *pools: Any) -> None:  # type: ignore[misc]
+        # vLLM loads on the replica only: the process that deploys this class starts at once.
+        from router.ingress import Ingress
+        from workers import options
+
+        serve_port.bind_to(settings.replica_host)
+        rank = serve.get_replica_context().rank.rank
+        args = options.namespace(settings.model, settings.served_names, settings.engine)
+        # Reads the model's config and tokenizer, which takes seconds.
+        config = await asyncio.to_thread(options.engine_config, args, None, False)
+        directory = GcsDirectory(cluster, asyncio.get_running_loop().time)
+        ingress = Ingress(f"ingress-{rank}", settings, directory, ChannelLink, args, config)
+        self._task = asyncio.create_task(ingress.serve())
+
+    async def check_health(self) -> None:
+        """Serve's probe; raises once the server has ended."""
+        if self._task.done():
+            # Serve's controller unpickles what is raised here, and does not know our classes.
+            raise RuntimeError(f"the ingress ended: {self._task.exception()!r}")
+
+    async def __del__(self) -> None:
+        """Serve's graceful stop: requests in flight may finish for `drain_s`."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task

@@ -1,0 +1,187 @@
+"""`breakeven serve`: start the cluster, say when it is ready, and end it without a trace."""
+
+import secrets
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from cluster import local_ray, state
+from cluster.config import Config, cache_dir
+from cluster.errors import StartError
+from cluster.model import ensure_default_model
+
+_READY_S = 600.0
+_LOOK_S = 0.2
+_PROGRESS_S = 5.0
+# Lines of a failed replica's log that are shown.
+_SHOWN_LINES = 12
+
+
+def serve(config: Config) -> int:
+    """Run a cluster until SIGINT or SIGTERM; returns the exit status."""
+    url = f"http://{config.ingress.host}:{config.ingress.port}"
+    _refuse_second(url)
+    model = _model(config)
+    stop = _Stop()
+    run_dir = local_ray.prepare()
+    state.write(run_dir, url)
+    failed = True
+    try:
+        _start(config, model, run_dir, url, stop)
+        failed = False
+        if not stop.asked:
+            print(f"ready {url}", flush=True)
+            stop.wait()
+    finally:
+        _end(run_dir, keep_logs=failed and not stop.asked)
+    return 0
+
+
+def _start(config: Config, model: Path | str, run_dir: Path, url: str, stop: "_Stop") -> None:
+    began = time.monotonic()
+    _say(began, "starting Ray")
+    local_ray.start(config, run_dir)
+    stop.listen()  # Ray has put its own handlers in place of ours
+    pools = f"{config.prefill.replicas} prefill, {config.decode.replicas} decode"
+    _say(began, f"starting {pools}, {config.ingress.replicas} ingress on {config.device}")
+    deploy = _Deploy(config, model, run_dir)
+    shown_at = time.monotonic()
+    while not stop.asked and not _is_ready(url):
+        deploy.check(run_dir)
+        if time.monotonic() - began > _READY_S:
+            raise StartError(f"not ready after {_READY_S:.0f} s; logs are in {run_dir}")
+        if time.monotonic() - shown_at > _PROGRESS_S:
+            shown_at = time.monotonic()
+            _say(began, deploy.progress())
+        time.sleep(_LOOK_S)
+
+
+class _Deploy:
+    """Serve's deployment of the app, on a thread of its own, since it blocks until done."""
+
+    def __init__(self, config: Config, model: Path | str, run_dir: Path) -> None:
+        self._error: BaseException | None = None
+        arguments = (config, model, run_dir)
+        threading.Thread(target=self._run, args=arguments, daemon=True).start()
+
+    def _run(self, config: Config, model: Path | str, run_dir: Path) -> None:
+        from ray import serve
+
+        from cluster import app
+
+        try:
+            built = app.build(config, model, run_dir / "scratch", secrets.token_bytes(32))
+            serve.run(built, name=app.APP, route_prefix=None)
+        except BaseException as error:  # the thread's edge; `check` raises it
+            self._error = error
+
+    def check(self, run_dir: Path) -> None:
+        """Raise `StartError` once the deployment has failed."""
+        if self._error is not None:
+            tail = _last_words(run_dir)
+            raise StartError(f"the cluster did not start: {self._error}\n{tail}logs: {run_dir}")
+
+    def progress(self) -> str:
+        """What is running and what is awaited, as Serve counts it."""
+        from ray import serve
+
+        from cluster import app
+
+        status = serve.status().applications.get(app.APP)
+        if status is None:
+            return "deploying"
+        parts = []
+        for name, deployment in sorted(status.deployments.items()):
+            states = deployment.replica_states
+            running = states.get("RUNNING", 0)
+            parts.append(f"{name} {running}/{sum(states.values())} up")
+        return ", ".join(parts) or "deploying"
+
+
+class _Stop:
+    """SIGINT and SIGTERM: the first asks to stop, a second one ends waiting for a drain."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    @property
+    def asked(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self) -> None:
+        self._event.wait()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        print("stopping: requests in flight may finish", flush=True)
+        self._event.set()
+
+
+def _end(run_dir: Path, keep_logs: bool) -> None:
+    try:
+        local_ray.stop()
+    except KeyboardInterrupt:
+        print("stopping now", flush=True)
+    local_ray.sweep(run_dir, keep_logs)
+    state.clear()
+    print("stopped", flush=True)
+
+
+def _refuse_second(url: str) -> None:
+    running = state.read()
+    if running is not None and running.supervisor() is not None:
+        raise StartError(
+            f"a cluster already runs at {running.url} (pid {running.pid}); "
+            "end it with `breakeven down`, or set BREAKEVEN_CACHE to run a second one"
+        )
+    if _answers(url):
+        raise StartError(f"something else answers at {url}; choose another --port")
+
+
+def _model(config: Config) -> Path | str:
+    if config.model == "default":
+        return ensure_default_model(cache_dir())
+    folder = Path(config.model)
+    return folder.resolve() if folder.is_dir() else config.model
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _last_words(run_dir: Path) -> str:
+    """The end of the youngest replica log that ends in an exception."""
+    for path in reversed(list(local_ray.logs(run_dir))):
+        lines = path.read_text(errors="replace").splitlines()
+        if any("Error" in line for line in lines[-_SHOWN_LINES:]):
+            return "\n".join(f"  | {line}" for line in lines[-_SHOWN_LINES:]) + "\n"
+    return ""
+
+
+def _say(began: float, what: str) -> None:
+    print(f"[{time.monotonic() - began:5.1f} s] {what}", file=sys.stderr, flush=True)

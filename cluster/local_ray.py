@@ -1,0 +1,114 @@
+"""The Ray cluster of one machine that we start ourselves, and everything of it that must go."""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from cluster import state
+from cluster.config import ROOT, Config
+
+_STOP_S = 10.0
+
+
+def prepare() -> Path:
+    """A run folder for one cluster, and the environment that Ray reads when it loads."""
+    # Short: Ray's socket paths below it must stay under 107 bytes.
+    run_dir = Path(tempfile.mkdtemp(prefix="breakeven-"))
+    token = run_dir / "ray-token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {
+        # Else Ray rewrites 127.0.0.1 to another address of this machine.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        # Idle workers that nobody asked for would compete with engines that are starting.
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_enable_worker_prestart": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }
+    return run_dir
+
+
+def start(config: Config, run_dir: Path) -> None:
+    """Start Ray and Serve, on loopback, without Serve's HTTP proxy."""
+    import ray
+    from ray import serve
+
+    # Set first, or Serve's own lines stand between ours.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    settings = config.ray
+    if settings.address is not None:
+        ray.init(address=settings.address, logging_level="warning", log_to_driver=False)
+    else:
+        ray.init(
+            num_cpus=_cpus(config),
+            include_dashboard=settings.dashboard,
+            dashboard_host="127.0.0.1",
+            dashboard_port=settings.dashboard_port,
+            object_store_memory=settings.object_store_bytes,
+            logging_level="error",
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(run_dir / "ray"),
+        )
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+
+
+def stop() -> None:
+    """End Serve's replicas gracefully, then Ray."""
+    import ray
+    from ray import serve
+
+    # A Ray that is half gone must not keep us from ending the rest.
+    with contextlib.suppress(Exception):
+        serve.shutdown()
+    ray.shutdown()
+
+
+def sweep(run_dir: Path, keep_logs: bool) -> int:
+    """End what outlived the cluster and remove what it left; returns how many processes.
+
+    Shared memory needs no sweep of its own: Ray's object store lies in an unlinked file, and
+    UCX's segments are removed when their last process ends.
+    """
+    ended = end(state.leftovers(str(run_dir)))
+    if not keep_logs:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return ended
+
+
+def end(processes: list[psutil.Process]) -> int:
+    """Ask processes to end, and kill those that do not."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=_STOP_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_STOP_S)
+    return len(processes)
+
+
+def logs(run_dir: Path) -> Iterator[Path]:
+    """Files in which replicas wrote what they had to say."""
+    session = run_dir / "ray" / "session_latest" / "logs"
+    yield from sorted(session.glob("worker-*.err"), key=lambda path: path.stat().st_mtime)
+
+
+def _cpus(config: Config) -> int:
+    """Ray's cores are a count, no limit; a small machine still runs the default cluster."""
+    pools = (config.prefill, config.decode, config.ingress)
+    wanted = sum(pool.replicas * pool.cpus for pool in pools)
+    return max(os.cpu_count() or 1, int(wanted + 0.999) + 1)

@@ -1,0 +1,101 @@
+"""`breakeven status`: what runs, how busy it is, and how KV crosses."""
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster import state
+from cluster.errors import NotRunningError
+
+_TIMEOUT_S = 5
+_DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def status(as_json: bool) -> int:
+    """Print the cluster's replicas and links; raises `NotRunningError`."""
+    url = address()
+    report = {
+        "url": url,
+        "ready": _ready(url),
+        "replicas": fetch(url, "/admin/replicas")["replicas"],
+        "curves": fetch(url, "/admin/curves"),
+    }
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print(report)
+    return 0
+
+
+def address() -> str:
+    """Where the cluster of this machine listens."""
+    found = state.read()
+    return found.url if found is not None else _DEFAULT_URL
+
+
+def fetch(url: str, path: str) -> Any:
+    """JSON from the ingress."""
+    try:
+        with urllib.request.urlopen(url + path, timeout=_TIMEOUT_S) as answer:
+            return json.load(answer)
+    except (OSError, ValueError) as error:
+        raise NotRunningError(url) from error
+
+
+def _ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"{report['url']}: {'ready' if report['ready'] else 'not ready'}")
+    console.print(_replicas(report["replicas"]))
+    if report["curves"]["links"]:
+        console.print(_links(report))
+
+
+def _replicas(rows: list[dict[str, Any]]) -> Table:
+    table = Table("replica", "state", "pid", "streams", "prompt queue", "KV", "cached", "leases")
+    for row in rows:
+        table.add_row(
+            _name(row),
+            row["state"],
+            str(row["pid"]),
+            f"{row['running']}/{row['max_num_seqs']}",
+            f"{row['waiting']} req {row['pending_prefill_tokens']} tok",
+            f"{row['kv_usage']:.0%}",
+            f"{row['cached_blocks']}/{row['kv_blocks']}",
+            str(row["leased"]),
+        )
+    return table
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Its node too, unless that is this machine."""
+    local = row["node"] in ("127.0.0.1", "::1", "localhost")
+    return str(row["name"]) if local else f"{row['name']} {row['node']}"
+
+
+def _links(report: dict[str, Any]) -> Table:
+    by_name = {row["name"]: row for row in report["replicas"]}
+    table = Table("link", "transport", "latency", "bandwidth", "received", "failed")
+    for name, link in sorted(report["curves"]["links"].items()):
+        receiver = by_name.get(name.split("->")[1], {})
+        speed = link["bytes_per_s"]
+        table.add_row(
+            name,
+            ", ".join(receiver.get("lanes", [])) or "none yet",
+            f"{link['latency_s'] * 1e3:.0f} ms",
+            f"{speed / 1e9:.2f} GB/s" if speed else "not measurable",
+            f"{receiver.get('transfer_bytes', 0) / 1e6:.0f} MB",
+            str(receiver.get("failed_transfers", 0)),
+        )
+    return table

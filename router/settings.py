@@ -1,0 +1,20 @@
+"""What an ingress is told; apart from the ingress, so that cluster/ need not load vLLM."""
+
+import msgspec
+
+
+class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """All that an ingress is told; made by cluster/, plain data so that it can be pickled."""
+
+    model: str
+    served_names: tuple[str, ...]
+    engine: dict[str, object]
+    host: str
+    replica_host: str
+    port: int
+    secret: bytes
+    expects_prefill: bool
+    max_requests: int = 256
+    max_body_bytes: int = 10_000_000
+    assumed_streams: float = 0.5
+    drain_s: float = 30.0

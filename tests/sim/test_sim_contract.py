@@ -1,0 +1,32 @@
+"""The simulator behaves at its links as a real replica does."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from kv.block import pack_tokens
+from tests.contract.link_behaviour import BEHAVIOURS, Stage
+from workers.messages import Role
+from workers.sim import SimCluster, SimCosts, sim_body, sim_replica
+
+COSTS = SimCosts()
+
+
+def prompt(number: int) -> bytes:
+    return pack_tokens(range(1000 * number, 1000 * number + 100))
+
+
+@pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
+async def test_the_simulator_keeps_the_contract(
+    behaviour: Callable[[Stage], Awaitable[None]],
+) -> None:
+    """Each behaviour holds on virtual time, and the books balance afterwards."""
+    async with asyncio.timeout(600), SimCluster() as cluster:
+        prefill, decode = (
+            cluster.start(sim_replica(f"{role}-0", role, COSTS), COSTS) for role in Role
+        )
+        await behaviour(Stage(prefill.connect, decode.connect, prompt, sim_body))
+        for engine in (prefill, decode):
+            engine.check_integrity()

@@ -1,0 +1,331 @@
+"""The real pipeline, fleet, catalogue and policy over simulated replicas, on virtual time."""
+
+import asyncio
+import random
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import looptime
+import pytest
+
+from kv.plan import Reason, Shape
+from router.audit import Record
+from router.errors import NoReplicaError, OverloadedError, RequestLostError
+from router.request import Request
+from tests.sim.world import Prompts, World, answer, idle, request, world
+from workers.messages import Role
+
+pytestmark = pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
+
+Result = TypeVar("Result")
+Outcome = list[int] | BaseException
+
+
+async def after(delay_s: float, here: World, asked: Request) -> list[int]:
+    await asyncio.sleep(delay_s)
+    return await here.ask(asked)
+
+
+async def ask_all(
+    here: World, rng: random.Random, asked: Sequence[Request], within_s: float
+) -> list[Outcome]:
+    """What came of each request, all started at random moments of `within_s`."""
+    calls = (after(rng.uniform(0, within_s), here, one) for one in asked)
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_thousands_of_requests_get_exactly_their_tokens() -> None:
+    """2,000 requests with shared prefixes are all answered right, and leave nothing behind."""
+    rng = random.Random(1)
+    prompts = Prompts(rng)
+    async with world() as here:
+        asked = [prompts.next(f"r{i}") for i in range(2000)]
+        assert await ask_all(here, rng, asked, 60.0) == [answer(one) for one in asked]
+        shapes = {record.plan.shape for record in here.audit.records}
+        assert shapes == {Shape.LOCAL, Shape.REMOTE}
+        assert sum(record.cached_tokens() for record in here.audit.records) > 50_000
+        await here.quiet()
+        here.check()
+
+
+async def test_small_caches_evict_and_the_catalogue_follows() -> None:
+    """With room for a few prompts only, answers stay right and the catalogue stays true."""
+    rng = random.Random(2)
+    prompts = Prompts(rng)
+    async with world(kv_blocks=200) as here:
+        asked = [prompts.next(f"r{i}") for i in range(300)]
+        assert await ask_all(here, rng, asked, 60.0) == [answer(one) for one in asked]
+        await here.quiet()
+        here.check()
+        assert max(here.fleet.cached_blocks(m) for m in here.fleet.members()) <= 200
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_lost_prefill_replicas_cost_no_answer(seed: int) -> None:
+    """Prefill replicas that crash at random moments, and come back, never cost a request."""
+    rng = random.Random(seed)
+    prompts = Prompts(rng)
+    async with world() as here:
+        crashing = asyncio.create_task(crash_often(here, rng, Role.PREFILL, 2))
+        asked = [prompts.next(f"r{i}") for i in range(300)]
+        assert await ask_all(here, rng, asked, 40.0) == [answer(one) for one in asked]
+        await crashing
+        reasons = {plan.reason for record in here.audit.records for plan in record.plans}
+        assert Reason.PREFILL_LOST in reasons
+        await here.warmed()
+        here.check()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_lost_decode_replica_never_gives_a_wrong_token(seed: int) -> None:
+    """A stream that loses its replica ends in an error behind right tokens; others are right."""
+    rng = random.Random(seed)
+    prompts = Prompts(rng)
+    async with world() as here:
+        crashing = asyncio.create_task(crash_often(here, rng, Role.DECODE, 3))
+        asked = [prompts.next(f"r{i}") for i in range(1200)]
+        outcomes = await ask_all(here, rng, asked, 40.0)
+        await crashing
+        lost = [got for got in outcomes if isinstance(got, BaseException)]
+        assert 0 < len(lost) < 100
+        assert {type(error) for error in lost} == {RequestLostError}
+        for one, got, record in zip(asked, outcomes, ordered(here, asked), strict=True):
+            assert got == answer(one) or record.generated_tokens > 0
+        await here.warmed()
+        here.check()
+
+
+async def crash_often(here: World, rng: random.Random, role: Role, count: int) -> None:
+    """One replica of a pool after the other dies, and is back under its name 10 s later."""
+    for number in range(4):
+        await asyncio.sleep(rng.uniform(2, 10))
+        name = f"{role}-{rng.randrange(count)}"
+        here.engine(name).crash()
+        del here.directory.announced[name]
+        await asyncio.sleep(rng.uniform(0.1, 10))
+        here.start(name, role, epoch=f"after-{number}")
+
+
+def ordered(here: World, asked: Sequence[Request]) -> list[Record]:
+    by_name = {record.request_id: record for record in here.audit.records}
+    return [by_name[one.request_id] for one in asked]
+
+
+async def test_a_stream_is_right_up_to_the_loss_of_its_replica() -> None:
+    """What a client saw before RequestLostError is the beginning of the right answer."""
+    async with world(prefill=0, decode=1) as here:
+        asked, seen = request("r", range(40), 100), []
+        asyncio.get_running_loop().call_later(0.6, here.engine("decode-0").crash)
+        with pytest.raises(RequestLostError, match="silent"):
+            async for delta in here.pipeline.serve(asked):
+                seen += delta.token_ids
+        assert 5 < len(seen) < 100
+        assert seen == answer(asked)[: len(seen)]
+        assert here.audit.records[-1].outcome == "failed"
+
+
+async def test_requests_of_a_hung_replica_fail_over() -> None:
+    """A replica that hangs before the first token is given up after 3 s for another one."""
+    async with world(prefill=0, decode=2) as here:
+        here.engine("decode-0").hang()
+        asked = request("r", range(40), 5)
+        began = asyncio.get_running_loop().time()
+        assert await here.ask(asked) == answer(asked)
+        took_s = asyncio.get_running_loop().time() - began
+        assert 2.0 < took_s < 4.0
+        plans = here.audit.records[-1].plans
+        assert [plan.decode for plan in plans] == ["decode-0", "decode-1"]
+        assert plans[-1].reason is Reason.DECODE_LOST
+
+
+@pytest.mark.parametrize("hung_s", [1.0, 5.0, 20.0])
+async def test_a_replica_that_hung_is_used_again(hung_s: float) -> None:
+    """However long it hung, a replica that answers again gets work again and holds nothing old."""
+    async with world(prefill=1, decode=1) as here:
+        asked = [request(f"r{i}", range(i, 300 + i), 50) for i in range(2)]
+        calls = [asyncio.create_task(here.ask(one)) for one in asked]
+        await asyncio.sleep(0.4)
+        for engine in here.cluster.engines.values():
+            engine.hang()
+        await asyncio.sleep(hung_s)
+        for engine in here.cluster.engines.values():
+            engine.resume()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.sleep(15.0)
+        await here.warmed()
+        assert await here.ask(asked[0]) == answer(asked[0])
+        await here.quiet()
+        here.check()
+
+
+async def test_a_replica_that_refuses_does_not_fail_a_request() -> None:
+    """While another replica can serve, one that refuses everything costs only time."""
+    async with world() as here:
+        for refusing in ("prefill-0", "decode-0"):
+            here.engine(refusing).refuse_next(10_000)
+        prompts = Prompts(random.Random(3))
+        asked = [prompts.next(f"r{i}") for i in range(100)]
+        assert await ask_all(here, random.Random(3), asked, 10.0) == [answer(one) for one in asked]
+
+
+async def test_one_refusal_of_the_only_replica_is_tried_again() -> None:
+    """A replica that refused is still asked when there is no other."""
+    async with world(prefill=1, decode=1) as here:
+        here.engine("decode-0").refuse_next(1)
+        asked = request("r", range(40), 5)
+        assert await here.ask(asked) == answer(asked)
+
+
+async def test_a_request_that_everybody_refuses_ends() -> None:
+    """After four plans it is the request that is at fault; no plan is recorded in vain."""
+    async with world(prefill=1, decode=1) as here:
+        here.engine("prefill-0").refuse_next(1000)
+        here.engine("decode-0").refuse_next(1000)
+        with pytest.raises(RequestLostError, match="4 plans failed"):
+            await here.ask(request("r", range(2000), 5))
+        assert len(here.audit.records[-1].plans) == 4
+        await here.quiet()
+        here.check()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_clients_that_leave_free_everything(seed: int) -> None:
+    """Whenever a client leaves, pages, leases and places are free and nothing runs on."""
+    rng = random.Random(seed)
+    prompts = Prompts(rng)
+    async with world() as here:
+        calls = []
+        for number in range(300):
+            calls.append(asyncio.create_task(here.ask(prompts.next(f"r{number}"))))
+            asyncio.get_running_loop().call_later(rng.uniform(0, 0.5), calls[-1].cancel)
+            await asyncio.sleep(rng.expovariate(20))
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        left = sum(isinstance(end, asyncio.CancelledError) for end in ended)
+        assert 50 < left < 250
+        # Far less than a lease lasts: nothing waits for one to end.
+        await asyncio.sleep(12.0)
+        assert all(idle(engine) for engine in here.cluster.engines.values())
+        expired = [engine.load().totals.expired_leases for engine in here.cluster.engines.values()]
+        assert expired == [0] * 5
+        here.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_all_faults_at_once_leave_nothing_behind(seed: int) -> None:
+    """Crashes, hangs, refusals and leaving clients together: every answer right, books balanced."""
+    rng = random.Random(100 + seed)
+    prompts = Prompts(rng)
+    async with world() as here:
+        faults = asyncio.create_task(fault_often(here, rng))
+        calls = []
+        for number in range(400):
+            asked = prompts.next(f"r{number}")
+            call = asyncio.create_task(here.ask(asked))
+            calls.append((asked, call))
+            if rng.random() < 0.2:
+                asyncio.get_running_loop().call_later(rng.uniform(0, 0.5), call.cancel)
+            await asyncio.sleep(rng.expovariate(8))
+        await asyncio.gather(*(call for _, call in calls), return_exceptions=True)
+        await faults
+        for asked, call in calls:
+            if not call.cancelled() and call.exception() is None:
+                assert call.result() == answer(asked)
+            elif not call.cancelled():
+                assert isinstance(call.exception(), RequestLostError | NoReplicaError)
+        await asyncio.sleep(45.0)  # leases of handoffs that crossed a crash
+        await here.warmed()
+        here.check()
+
+
+async def fault_often(here: World, rng: random.Random) -> None:
+    for number in range(8):
+        await asyncio.sleep(rng.uniform(1, 6))
+        name = rng.choice(sorted(here.cluster.engines))
+        match rng.randrange(3):
+            case 0:
+                here.engine(name).refuse_next(20)
+            case 1:
+                here.engine(name).hang()
+                await asyncio.sleep(rng.choice([0.5, 5.0, 15.0]))
+                here.engine(name).resume()
+            case 2:
+                role = here.engine(name).replica.role
+                here.engine(name).crash()
+                await asyncio.sleep(rng.uniform(0.1, 6))
+                here.start(name, role, epoch=f"after-{number}")
+
+
+def test_the_same_seed_gives_the_same_decisions() -> None:
+    """Nothing in a decision depends on real time or unseeded chance."""
+    first, second = (on_a_new_loop(decisions()) for _ in range(2))
+    assert first == second
+
+
+async def decisions() -> list[tuple[str, float, str, float | None]]:
+    rng = random.Random(7)
+    prompts = Prompts(rng)
+    async with world() as here:
+        asked = [prompts.next(f"r{i}") for i in range(200)]
+        await ask_all(here, rng, asked, 20.0)
+        records = here.audit.records
+        return [(r.request_id, r.started_at, r.plan.header(), r.ttft_s) for r in records]
+
+
+def on_a_new_loop(work: Coroutine[Any, Any, Result]) -> Result:
+    with asyncio.Runner(loop_factory=lambda: looptime.new_event_loop(start=0)) as runner:
+        return runner.run(work)
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 15, 16, 17, 40, 300, 1000, 3000])
+@pytest.mark.parametrize("prefill", [0, 2])
+async def test_predicted_ttft_is_the_actual_one_on_an_idle_cluster(
+    prompt_tokens: int, prefill: int
+) -> None:
+    """With exact curves and no queue the prediction is within 5 %, cached or not."""
+    async with world(prefill=prefill, decode=2) as here:
+        for number, prompt in enumerate([range(prompt_tokens)] * 3):
+            await here.ask(request(f"r{number}", prompt, 3))
+            await asyncio.sleep(3.0)
+        for record in here.audit.records:
+            assert record.ttft_s == pytest.approx(record.plan.predicted_ttft_s, rel=0.05)
+
+
+async def test_a_repeated_prompt_is_a_hit_the_second_time() -> None:
+    """The second request finds the first one's blocks, and says how much was cached."""
+    async with world() as here:
+        for number in range(2):
+            await here.ask(request(f"r{number}", range(1000), 3))
+            await asyncio.sleep(1.0)
+        first, second = here.audit.records
+        assert first.cached_tokens() == 0
+        assert second.cached_tokens() == 992
+        assert second.plan.spans[0].end_token == 992
+
+
+async def test_without_decode_replicas_a_request_is_refused() -> None:
+    """No replica is an error that says how many there are, and holds no place."""
+    async with world(prefill=0, decode=1) as here:
+        here.directory.announced.clear()
+        await asyncio.sleep(2.0)
+        with pytest.raises(NoReplicaError, match="0 decode and 0 prefill"):
+            await here.ask(request("r", range(40), 5))
+        assert here.admission.held == 0
+
+
+async def test_a_directory_that_is_down_stops_nothing() -> None:
+    """Links go on by themselves."""
+    async with world() as here:
+        here.directory.down = True
+        await asyncio.sleep(10.0)
+        asked = request("r", range(400), 5)
+        assert await here.ask(asked) == answer(asked)
+
+
+async def test_more_requests_than_the_limit_are_refused_at_once() -> None:
+    """The request past the limit fails with the numbers; the others are served."""
+    async with world(limit=3) as here:
+        asked = [request(f"r{i}", range(i, i + 40), 5) for i in range(5)]
+        outcomes = await ask_all(here, random.Random(0), asked, 0.0)
+        refused = [got for got in outcomes if isinstance(got, OverloadedError)]
+        assert [str(error)[:31] for error in refused] == ["3 requests in flight, 3 allowed"] * 2
+        assert here.admission.held == 0

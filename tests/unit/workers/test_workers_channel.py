@@ -1,0 +1,237 @@
+"""Both ends of the direct channel over loopback, in front of an engine that only notes orders."""
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zmq
+import zmq.asyncio
+
+import workers
+from workers import channel, server
+from workers.channel import ChannelLink
+from workers.messages import (
+    Abort,
+    Blocks,
+    Delta,
+    Load,
+    Reply,
+    Reset,
+    Resync,
+    Role,
+    Step,
+    Submit,
+    Welcome,
+    encode,
+)
+from workers.mirror import Change
+from workers.server import ReplicaServer
+from workers.sim import SimCosts, sim_replica
+
+REPLICA = sim_replica("decode-0", Role.DECODE, SimCosts())
+SUBMIT = Submit("r1", Role.DECODE, b"\x01\0\0\0", b"body")
+
+
+@dataclass(slots=True)
+class NotingEngine:
+    """Takes orders as `workers.engine.Engine` does, and only notes them."""
+
+    held: bytes = b"k" * 16
+    added: list[Any] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    forgot: int = 0
+
+    def add(self, request: Any) -> None:
+        if request == b"bad":
+            raise ValueError("no such option")
+        self.added.append(request)
+
+    def abort(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+
+    def forget(self) -> None:
+        self.forgot += 1
+
+    def snapshot(self, receiver: Callable[[bytes], None]) -> None:
+        receiver(self.held)
+
+
+@dataclass(slots=True)
+class Inbox:
+    replies: list[Reply] = field(default_factory=list)
+
+    def receive(self, reply: Reply) -> None:
+        self.replies.append(reply)
+
+    def of(self, kind: type) -> list[Any]:
+        return [reply for reply in self.replies if isinstance(reply, kind)]
+
+
+@dataclass(slots=True)
+class Pair:
+    """A served engine, and a link to it."""
+
+    server: ReplicaServer
+    engine: NotingEngine
+    serving: asyncio.Task[None]
+    inbox: Inbox
+    link: ChannelLink
+
+
+async def until(true: Callable[[], object], within_s: float = 5.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    """Connected and following; the stand-in for `workers.work` needs no vLLM."""
+    work = SimpleNamespace(engine_request=lambda submit: submit.body)
+    monkeypatch.setitem(sys.modules, "workers.work", work)
+    monkeypatch.setattr(workers, "work", work, raising=False)
+    monkeypatch.setattr(server, "_BEAT_S", 0.02)
+    monkeypatch.setattr(channel, "_HELLO_EVERY_S", 0.05)
+    before = asyncio.all_tasks()
+    served, engine, inbox = ReplicaServer("127.0.0.1"), NotingEngine(), Inbox()
+    serving = asyncio.create_task(served.serve(engine, REPLICA))  # type: ignore[arg-type]
+    link = ChannelLink(served.address, "ingress-0", inbox)
+    await until(lambda: inbox.of(Blocks))
+    yield Pair(served, engine, serving, inbox, link)
+    link.close()
+    await stop(serving)
+    await until(lambda: asyncio.all_tasks() == before)
+
+
+async def stop(serving: "asyncio.Task[None]") -> None:
+    serving.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+
+
+def report(deltas: list[Delta], stored: bytes = b"", removed: bytes = b"", **load: int) -> Any:
+    """What the engine's thread hands over after a step."""
+    return SimpleNamespace(deltas=deltas, change=Change(stored, removed), load=Load(**load))
+
+
+async def test_a_first_hello_is_welcomed_once(pair: Pair) -> None:
+    """Welcome, Load and a snapshot come first; later Hellos only keep the connection."""
+    welcome, load, blocks = pair.inbox.replies[:3]
+    assert welcome == Welcome(REPLICA)
+    assert load == Load()
+    assert blocks == Blocks(0, stored=b"k" * 16, snapshot=True)
+    await asyncio.sleep(0.2)
+    assert len(pair.inbox.of(Welcome)) == 1
+
+
+async def test_a_step_s_deltas_arrive_as_one_message(pair: Pair) -> None:
+    """Only the deltas of this ingress's requests come, and none after the last."""
+    pair.link.send(SUBMIT)
+    await until(lambda: pair.engine.added)
+    mine, others = Delta("r1", [7]), Delta("r2", [8])
+    pair.server.report(report([mine, others]))
+    pair.server.report(report([Delta("r1", [9], "stop")]))
+    pair.server.report(report([Delta("r1", [10])]))
+    pair.server.report(report([], stored=b"e" * 16))
+    await until(lambda: len(pair.inbox.of(Blocks)) == 2)
+    assert pair.inbox.of(Step) == [Step([mine]), Step([Delta("r1", [9], "stop")])]
+
+
+async def test_blocks_are_numbered_and_told_again_on_resync(pair: Pair) -> None:
+    """Numbers grow by one; a snapshot on request takes the number of the last change."""
+    for key in (b"a", b"b"):
+        pair.server.report(report([], stored=key * 16))
+    pair.engine.held = b"all of it"
+    await until(lambda: len(pair.inbox.of(Blocks)) == 3)
+    pair.link.send(Resync())
+    await until(lambda: len(pair.inbox.of(Blocks)) == 4)
+    assert [blocks.sequence for blocks in pair.inbox.of(Blocks)] == [0, 1, 2, 2]
+    assert pair.inbox.of(Blocks)[-1] == Blocks(2, stored=b"all of it", snapshot=True)
+
+
+async def test_load_is_told_when_it_changes(pair: Pair) -> None:
+    """A change of load or lanes arrives with the next beat."""
+    pair.server.report(report([], running=3))
+    pair.server.show_lanes(("cma/memory",))
+    await until(lambda: pair.inbox.of(Load)[-1] == Load(running=3, lanes=("cma/memory",)))
+
+
+async def test_orders_reach_the_engine(pair: Pair) -> None:
+    """Submit, Abort and Reset arrive in order; a request that was aborted says no more."""
+    for message in (SUBMIT, Abort(["r1"]), Reset()):
+        pair.link.send(message)
+    await until(lambda: pair.engine.forgot)
+    assert (pair.engine.added, pair.engine.aborted) == ([b"body"], ["r1"])
+    pair.server.report(report([Delta("r1", [7])], stored=b"e" * 16))
+    await until(lambda: len(pair.inbox.of(Blocks)) == 2)
+    assert pair.inbox.of(Step) == []
+
+
+async def test_a_request_that_cannot_start_is_answered_with_an_error(pair: Pair) -> None:
+    """One bad request ends itself, not the replica."""
+    pair.link.send(Submit("bad", Role.DECODE, b"", b"bad"))
+    await until(lambda: pair.inbox.of(Step))
+    [refusal] = pair.inbox.of(Step)[0].deltas
+    assert (refusal.request_id, refusal.finish_reason) == ("bad", "error")
+    assert "no such option" in refusal.error
+    assert not pair.serving.done()
+
+
+async def test_garbage_is_dropped(pair: Pair) -> None:
+    """Bytes that are no message end neither the replica nor the connection."""
+    for frame in (b"", b"\xc1", encode(Load())):
+        pair.link._socket.send(frame)
+    pair.link.send(Reset())
+    await until(lambda: pair.engine.forgot)
+    assert not pair.serving.done()
+
+
+async def test_a_silent_ingress_is_dropped_with_its_requests(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it ran is aborted; when it speaks again it is welcomed anew."""
+    pair.link.send(SUBMIT)
+    await until(lambda: pair.engine.added)
+    monkeypatch.setattr(channel, "_HELLO_EVERY_S", 0.6)
+    monkeypatch.setattr(server, "SILENCE_S", 0.2)
+    await until(lambda: pair.engine.aborted == ["r1"])
+    await until(lambda: len(pair.inbox.of(Welcome)) == 2)
+
+
+async def test_a_link_that_closes_frees_its_requests(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica notices that the ingress is gone."""
+    pair.link.send(SUBMIT)
+    await until(lambda: pair.engine.added)
+    monkeypatch.setattr(server, "SILENCE_S", 0.2)
+    pair.link.close()
+    await until(lambda: pair.engine.aborted == ["r1"])
+
+
+async def test_a_stranger_s_request_is_not_run(pair: Pair) -> None:
+    """Who has not said Hello could not be answered."""
+    with zmq.asyncio.Context.instance().socket(zmq.DEALER) as stranger:
+        stranger.connect(pair.server.address)
+        await stranger.send(encode(SUBMIT))
+        await stranger.send(encode(Reset()))
+        await until(lambda: pair.engine.forgot)
+        assert pair.engine.added == []
+
+
+async def test_stopping_frees_the_port(pair: Pair) -> None:
+    """A replica that is stopped leaves its port to the next."""
+    await stop(pair.serving)
+    host, port = pair.server.address.removeprefix("tcp://").split(":")
+
+    def bindable() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) != 0
+
+    await until(bindable)

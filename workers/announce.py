@@ -1,0 +1,41 @@
+"""How replicas become known: a record each in the key-value store of Ray's GCS.
+
+Serve places and restarts replicas; it does not tell an ingress their addresses. GCS does, without
+a process of our own, and it survives with Ray's own fault tolerance. A record that its replica
+does not renew is void: readers see `beat` stand still, so clocks need not agree.
+"""
+
+import asyncio
+import logging
+
+import msgspec
+from ray.experimental import internal_kv
+
+from workers.messages import (
+    DIRECTORY_NAMESPACE,
+    RENEW_S,
+    Announcement,
+    Replica,
+    directory_prefix,
+)
+
+logger = logging.getLogger(__name__)
+
+
+async def keep_announced(cluster: str, replica: Replica) -> None:
+    """Renew a replica's record until cancelled, then withdraw it."""
+    key = directory_prefix(cluster) + replica.name
+    beat = 0
+    try:
+        while True:
+            record = msgspec.json.encode(Announcement(replica, beat))
+            try:
+                await asyncio.to_thread(
+                    internal_kv._internal_kv_put, key, record, True, namespace=DIRECTORY_NAMESPACE
+                )
+            except RuntimeError as error:  # GCS restarts: the next renewal finds it
+                logger.warning("%s not announced: %s", replica.name, error)
+            beat += 1
+            await asyncio.sleep(RENEW_S)
+    finally:
+        internal_kv._internal_kv_del(key, namespace=DIRECTORY_NAMESPACE)

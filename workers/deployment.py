@@ -1,0 +1,46 @@
+"""A replica under Ray Serve: Serve places it, watches it and restarts it; tokens do not pass."""
+
+import asyncio
+import contextlib
+
+from ray import serve
+
+from workers import serve_port
+from workers.announce import keep_announced
+from workers.errors import WorkerError
+from workers.replica import ReplicaProcess, ReplicaSettings
+
+
+class EngineReplica:
+    """The class of the prefill and of the decode deployment."""
+
+    # Serve awaits it.
+    async def __init__(self, cluster: str, settings: ReplicaSettings) -> None:  # type: ignore[misc]
+        serve_port.bind_to(settings.host)
+        context = serve.get_replica_context()
+        name = f"{settings.role}-{context.rank.rank}"
+        self._process = await asyncio.to_thread(ReplicaProcess, name, settings)
+        self._tasks = [
+            asyncio.create_task(self._process.serve()),
+            asyncio.create_task(keep_announced(cluster, self._process.replica)),
+        ]
+
+    async def check_health(self) -> None:
+        """Serve's probe; raises once the engine or the channel has ended."""
+        # Serve's controller unpickles what is raised here, and does not know our classes.
+        try:
+            self._process.check_health()
+        except WorkerError as error:
+            raise RuntimeError(str(error)) from None
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"{self._process.name}: channel ended: {task.exception()!r}")
+
+    async def __del__(self) -> None:
+        """Serve's graceful stop: what runs here may finish."""
+        await self._process.drain()
+        for task in self._tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._process.stop)

@@ -1,0 +1,215 @@
+"""The scheduler of a simulated engine: who waits, who computes, who streams, what is leased.
+
+Prefills are computed one at a time in order of arrival, each in a step of its own length; every
+stream of the engine gets one token a step, so a prefill stalls the streams that run beside it.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+from kv.block import TOKEN_BYTES, chain, root_key
+from workers.messages import Delta, Load, Replica, Role, Sources, Submit, Totals
+from workers.sim_pages import Grant, Pages
+
+Handoff = dict[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One request on one engine. `digest` is of the prompt whose KV it uses."""
+
+    submit: Submit
+    max_tokens: int
+    keys: list[bytes]
+    digest: int
+    handoff: Handoff | None
+    grant: Grant = field(default_factory=Grant)
+    hit_tokens: int = 0
+    received_tokens: int = 0
+    produced: int = 0
+    aborted: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.submit.tokens) // TOKEN_BYTES
+
+    @property
+    def pending_tokens(self) -> int:
+        """Prompt tokens that this engine has still to compute."""
+        computes = not self.produced and self.handoff is None
+        return self.prompt_tokens - self.hit_tokens if computes else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Lease:
+    """A finished prefill's pages, until a decode replica has read them."""
+
+    grant: Grant
+    digest: int
+    until_s: float
+
+
+class Steps:
+    """What one engine does, without its clock. `settle` ends the lease behind a handoff on
+    whichever engine has it, and gives the digest of its prompt or None."""
+
+    def __init__(
+        self, replica: Replica, lease_s: float, settle: Callable[[Handoff], int | None]
+    ) -> None:
+        self._replica, self._lease_s, self._settle = replica, lease_s, settle
+        self.pages = Pages(replica.kv_blocks)
+        self.runs: dict[str, Run] = {}
+        self.streams: list[Run] = []
+        self.leases: dict[str, _Lease] = {}
+        self._waiting: deque[Run] = deque()
+        self._totals: Counter[str] = Counter()
+
+    def add(self, submit: Submit) -> bool:
+        """Queue a request; False if its pages could never fit."""
+        keys = chain(root_key(None), submit.tokens, self._replica.block_tokens)
+        max_tokens = 1 if submit.role is Role.PREFILL else int(submit.body)
+        digest = xxh3_64_intdigest(submit.tokens)
+        run = Run(submit, max_tokens, keys, digest, submit.handoff)
+        if self._pages_of(run) > self.pages.total:
+            return False
+        self.runs[submit.request_id] = run
+        self._waiting.append(run)
+        return True
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request. What loads or computes keeps its pages until that is over."""
+        run = self.runs.get(request_id)
+        if run is None:
+            return
+        run.aborted = True
+        if run in self._waiting:
+            self._waiting.remove(run)
+            self._end(run)
+            if run.handoff is not None:
+                self._settle(run.handoff)
+        elif run in self.streams:
+            self.streams.remove(run)
+            self._end(run)
+
+    def admit(self) -> tuple[Run | None, list[Run]]:
+        """Give pages in order of arrival, until one is to compute: that one, and who loads."""
+        loading: list[Run] = []
+        while self._waiting and len(self.streams) < self._replica.max_num_seqs:
+            run = self._waiting[0]
+            if not self._reserve(run):
+                break
+            self._waiting.popleft()
+            if run.handoff is None:
+                return run, loading
+            loading.append(run)
+        return None, loading
+
+    def loaded(self, run: Run) -> None:
+        """A handoff is in and may stream; one that could not be read is computed here."""
+        assert run.handoff is not None
+        digest = self._settle(run.handoff)
+        if run.aborted:
+            self._end(run)
+        elif digest is None:
+            self._totals["failed_transfers"] += 1
+            self.pages.release(run.grant)
+            run.handoff, run.hit_tokens = None, 0
+            self._waiting.appendleft(run)
+        else:
+            self._totals["transfers"] += 1
+            run.digest, run.received_tokens = digest, run.prompt_tokens - run.hit_tokens
+            self.pages.publish(run.grant, run.keys)
+            self.streams.append(run)
+
+    def finish(self, computed: Run | None, now_s: float) -> list[Delta]:
+        """The end of a step: a token for every stream, and for what was just computed."""
+        if computed is not None and computed.aborted:
+            self._end(computed)
+        elif computed is not None:
+            self.pages.publish(computed.grant, computed.keys)
+            self.streams.append(computed)
+        return [self._next_delta(run, now_s) for run in list(self.streams)]
+
+    def end_lease(self, request_id: str) -> int | None:
+        """Give a lease's pages back; the digest of its prompt, None if there is no lease."""
+        lease = self.leases.pop(request_id, None)
+        if lease is None:
+            return None
+        self.pages.release(lease.grant)
+        return lease.digest
+
+    def expire(self, now_s: float) -> None:
+        """End the leases that are over."""
+        for request_id in [name for name, lease in self.leases.items() if lease.until_s <= now_s]:
+            self._totals["expired_leases"] += 1
+            self.end_lease(request_id)
+
+    def load(self) -> Load:
+        """How busy it is."""
+        started = sum(run.produced > 0 for run in self.runs.values())
+        return Load(
+            waiting=len(self.runs) - started,
+            running=started,
+            pending_prefill_tokens=sum(run.pending_tokens for run in self.runs.values()),
+            leased=len(self.leases),
+            kv_usage=self.pages.held / self.pages.total,
+            totals=Totals(**self._totals),
+        )
+
+    def check(self) -> None:
+        """Raise unless requests and leases hold exactly the pages that are held."""
+        leased = (lease.grant for lease in self.leases.values())
+        self.pages.check([*(run.grant for run in self.runs.values()), *leased])
+
+    def _reserve(self, run: Run) -> bool:
+        # The last token is always computed, as in vLLM, since it gives the logits.
+        usable = (run.prompt_tokens - 1) // self._replica.block_tokens
+        depth = self.pages.depth(run.keys[:usable])
+        grant = self.pages.grant(run.keys[:depth], self._pages_of(run) - depth)
+        if grant is None:
+            return False
+        run.grant, run.hit_tokens = grant, depth * self._replica.block_tokens
+        return True
+
+    def _pages_of(self, run: Run) -> int:
+        return -(-(run.prompt_tokens + run.max_tokens) // self._replica.block_tokens)
+
+    def _next_delta(self, run: Run, now_s: float) -> Delta:
+        request_id, token = run.submit.request_id, sim_token(run.digest, run.produced)
+        sources = None if run.produced else self._sources(run)
+        run.produced += 1
+        self._totals["generated_tokens"] += 1
+        if run.produced < run.max_tokens:
+            return Delta(request_id, [token], sources=sources)
+        handoff = self._lease(run, now_s) if run.submit.role is Role.PREFILL else None
+        self.streams.remove(run)
+        self._end(run)
+        return Delta(request_id, [token], "length", sources=sources, handoff=handoff)
+
+    def _lease(self, run: Run, now_s: float) -> Handoff:
+        request_id = run.submit.request_id
+        self.leases[request_id] = _Lease(run.grant, run.digest, now_s + self._lease_s)
+        run.grant = Grant()
+        engine = {"remote_engine_id": self._replica.name, "remote_epoch": self._replica.epoch}
+        return {**engine, "remote_request_id": request_id}
+
+    def _sources(self, run: Run) -> Sources:
+        device, received = run.hit_tokens, run.received_tokens
+        computed = run.prompt_tokens - device - received
+        self._totals["prompt_tokens_computed"] += computed
+        self._totals["prompt_tokens_device"] += device
+        self._totals["prompt_tokens_received"] += received
+        return Sources(run.prompt_tokens, computed, device, received)
+
+    def _end(self, run: Run) -> None:
+        self.pages.release(run.grant)
+        del self.runs[run.submit.request_id]
+
+
+def sim_token(digest: int, position: int) -> int:
+    """The token at a position of the answer to the prompt of this digest."""
+    return xxh3_64_intdigest(digest.to_bytes(8, "little") + position.to_bytes(4, "little")) >> 33
