@@ -12,7 +12,7 @@ LOCK_ARGS ?= --torch-backend cpu
 export BREAKEVEN_CACHE := $(abspath $(CACHE))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev python serve test check lock clean
+.PHONY: help setup setup-dev python serve test check bench-start lock clean
 
 # $(call step,name,command): say what runs, and how long it took.
 step = @printf '==> %s\n' '$(1)'; s=$$(date +%s); $(2) && printf '    done in %s s\n' "$$(($$(date +%s) - s))"
@@ -44,6 +44,9 @@ check: setup-dev ## format, lint, types, layers and unit tests, in under a minut
 	$(call step,types,$(BIN)/mypy)
 	$(call step,layers,$(BIN)/lint-imports --no-logo)
 	$(call step,unit tests,$(BIN)/python -m pytest -q tests/unit -m "not engine and not real_model and not gpu")
+
+bench-start: setup ## time a fresh clone and a second start, weigh a cluster at rest
+	@$(BIN)/python benchmarks/start/run.py $(ARGS)
 
 lock: setup ## resolve requirements/*.in into the locked sets
 	$(call step,fetch uv,$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV))

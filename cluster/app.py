@@ -6,18 +6,19 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from cluster.config import Config, Pool
+from cluster.config import APP, Config, Pool
 from router.settings import IngressSettings
 from workers.messages import Role
 from workers.replica import ReplicaSettings
 
-APP = "breakeven"
 # Serve asks this often whether a replica is well, and this long waits for the answer: a CPU
 # engine that computes a long chunk may be slow to give it.
 _HEALTH_PERIOD_S = 5.0
 _HEALTH_TIMEOUT_S = 30.0
 # Beyond the ingress's drain: an engine outlives the requests that it still serves.
 _ENGINE_STOP_S = 15.0
+# A replica that could not start twice will not start.
+_START_TRIES = 2
 
 
 def build(config: Config, model: Path | str, scratch: Path, secret: bytes) -> Application:
@@ -64,6 +65,7 @@ def _engines(
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=config.ingress.drain_s + _ENGINE_STOP_S,
         graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=_START_TRIES,
         **_bundles(config, pool),
     )
     return deployment.bind(APP, settings)
@@ -95,18 +97,19 @@ def _ingress(
         num_replicas=section.replicas,
         ray_actor_options={
             "num_cpus": section.cpus,
-            "runtime_env": {"env_vars": _environment(config, model, 1)},
+            "runtime_env": {"env_vars": environment(config, model, 1)},
         },
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=section.drain_s + 5,
         graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=_START_TRIES,
     )
     return deployment.bind(APP, settings, *pools)
 
 
 def _resources(config: Config, pool: Pool, model: Path | str) -> dict[str, Any]:
-    env = {"env_vars": _environment(config, model, max(1, round(pool.cpus)))}
+    env = {"env_vars": environment(config, model, max(1, round(pool.cpus)))}
     if config.device == "cuda" and config.tensor_parallel(pool) == 1:
         return {"num_cpus": pool.cpus, "num_gpus": 1, "runtime_env": env}
     return {"num_cpus": pool.cpus, "runtime_env": env}
@@ -122,12 +125,12 @@ def _bundles(config: Config, pool: Pool) -> dict[str, Any]:
     return {"placement_group_bundles": [first], "placement_group_strategy": "STRICT_PACK"}
 
 
-def _environment(config: Config, model: Path | str, threads: int) -> dict[str, str]:
+def environment(config: Config, model: Path | str, threads: int) -> dict[str, str]:
     """What vLLM and its libraries read when they load."""
     env = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CONFIGURE_LOGGING": "0",
         "VLLM_HOST_IP": config.host,
         # The mirror needs whole hashes; vLLM's default cuts them to 64 bits.
         "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": "0",

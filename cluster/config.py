@@ -17,6 +17,8 @@ from msgspec import Meta
 from cluster.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
+# Names the Serve application, and the cluster in the directory of replicas.
+APP = "breakeven"
 DEFAULT = ROOT / "configs" / "cpu.yaml"
 
 Count = Annotated[int, Meta(ge=0)]

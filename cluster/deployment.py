@@ -8,8 +8,9 @@ from ray import serve
 
 from router.serve_adapter import GcsDirectory
 from router.settings import IngressSettings
-from workers import serve_port
+from workers import logs, serve_port
 from workers.channel import ChannelLink
+from workers.errors import WorkerError
 
 
 class IngressReplica:
@@ -22,12 +23,17 @@ class IngressReplica:
         from workers import options
 
         serve_port.bind_to(settings.replica_host)
-        rank = serve.get_replica_context().rank.rank
-        args = options.namespace(settings.model, settings.served_names, settings.engine)
-        # Reads the model's config and tokenizer, which takes seconds.
-        config = await asyncio.to_thread(options.engine_config, args, None, False)
+        name = f"ingress-{serve.get_replica_context().rank.rank}"
+        logs.configure(name)
+        try:
+            args = options.namespace(settings.model, settings.served_names, settings.engine)
+            # Reads the model's config and tokenizer, which takes seconds.
+            config = await asyncio.to_thread(options.engine_config, args, None, False)
+        except WorkerError as error:
+            logs.fatal(str(error))
+            raise RuntimeError(str(error)) from None
         directory = GcsDirectory(cluster, asyncio.get_running_loop().time)
-        ingress = Ingress(f"ingress-{rank}", settings, directory, ChannelLink, args, config)
+        ingress = Ingress(name, settings, directory, ChannelLink, args, config)
         self._task = asyncio.create_task(ingress.serve())
 
     async def check_health(self) -> None:

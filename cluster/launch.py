@@ -10,15 +10,14 @@ import urllib.request
 from pathlib import Path
 
 from cluster import local_ray, state
-from cluster.config import Config, cache_dir
-from cluster.errors import StartError
+from cluster.config import APP, Config, cache_dir
+from cluster.errors import ConfigError, StartError
 from cluster.model import ensure_default_model
+from workers import logs
 
 _READY_S = 600.0
 _LOOK_S = 0.2
 _PROGRESS_S = 5.0
-# Lines of a failed replica's log that are shown.
-_SHOWN_LINES = 12
 
 
 def serve(config: Config) -> int:
@@ -75,23 +74,21 @@ class _Deploy:
 
         try:
             built = app.build(config, model, run_dir / "scratch", secrets.token_bytes(32))
-            serve.run(built, name=app.APP, route_prefix=None)
+            serve.run(built, name=APP, route_prefix=None)
         except BaseException as error:  # the thread's edge; `check` raises it
             self._error = error
 
     def check(self, run_dir: Path) -> None:
         """Raise `StartError` once the deployment has failed."""
         if self._error is not None:
-            tail = _last_words(run_dir)
-            raise StartError(f"the cluster did not start: {self._error}\n{tail}logs: {run_dir}")
+            why = _why(run_dir, str(self._error))
+            raise StartError(f"the cluster did not start: {why}\nlogs are in {run_dir}/ray")
 
     def progress(self) -> str:
         """What is running and what is awaited, as Serve counts it."""
         from ray import serve
 
-        from cluster import app
-
-        status = serve.status().applications.get(app.APP)
+        status = serve.status().applications.get(APP)
         if status is None:
             return "deploying"
         parts = []
@@ -130,7 +127,7 @@ class _Stop:
 
 def _end(run_dir: Path, keep_logs: bool) -> None:
     try:
-        local_ray.stop()
+        local_ray.stop(APP)
     except KeyboardInterrupt:
         print("stopping now", flush=True)
     local_ray.sweep(run_dir, keep_logs)
@@ -153,7 +150,11 @@ def _model(config: Config) -> Path | str:
     if config.model == "default":
         return ensure_default_model(cache_dir())
     folder = Path(config.model)
-    return folder.resolve() if folder.is_dir() else config.model
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_absolute() or config.model.startswith("."):
+        raise ConfigError("model", f"no folder {config.model}")
+    return config.model
 
 
 def _is_ready(url: str) -> bool:
@@ -174,13 +175,13 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _last_words(run_dir: Path) -> str:
-    """The end of the youngest replica log that ends in an exception."""
-    for path in reversed(list(local_ray.logs(run_dir))):
-        lines = path.read_text(errors="replace").splitlines()
-        if any("Error" in line for line in lines[-_SHOWN_LINES:]):
-            return "\n".join(f"  | {line}" for line in lines[-_SHOWN_LINES:]) + "\n"
-    return ""
+def _why(run_dir: Path, otherwise: str) -> str:
+    """The reason that a replica gave for not starting; Serve's own words where none did."""
+    for path in local_ray.logs(run_dir):
+        reason = logs.read_fatal(path.read_text(errors="replace"))
+        if reason is not None:
+            return reason
+    return otherwise
 
 
 def _say(began: float, what: str) -> None:

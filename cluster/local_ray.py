@@ -65,14 +65,14 @@ def start(config: Config, run_dir: Path) -> None:
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
 
 
-def stop() -> None:
-    """End Serve's replicas gracefully, then Ray."""
+def stop(app: str) -> None:
+    """End the app's replicas gracefully, then Ray, if it is ours."""
     import ray
     from ray import serve
 
     # A Ray that is half gone must not keep us from ending the rest.
     with contextlib.suppress(Exception):
-        serve.shutdown()
+        serve.delete(app)
     ray.shutdown()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from router.errors import OverloadedError
+from router.errors import OverloadedError, TooManyError
 
 
 class Admission:
@@ -14,7 +14,9 @@ class Admission:
         self.held = 0
 
     def check(self, n: int = 1) -> None:
-        """Raise `OverloadedError` if `n` more would not fit."""
+        """Raise `OverloadedError` if `n` more would not fit now, `TooManyError` if ever."""
+        if n > self._limit:
+            raise TooManyError(n, self._limit)
         if self.held + n > self._limit:
             raise OverloadedError(self.held, self._limit)
 

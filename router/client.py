@@ -27,7 +27,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from kv.block import pack_tokens
 from router.admission import Admission
 from router.context import Bound, Notes, RequestContext, bound
-from router.errors import STATUS, OverloadedError, RouterError
+from router.errors import STATUS, OverloadedError, RouterError, TooManyError
 from router.pipeline import Pipeline
 from router.request import Request
 from workers.messages import Delta
@@ -127,7 +127,7 @@ class ClusterClient(AsyncLLM):
         """Refuse before a response is begun, where a status can still be sent."""
         try:
             self._admission.check(n)
-        except OverloadedError as error:
+        except (OverloadedError, TooManyError) as error:
             raise _http_error(error) from error
 
     def _fail(self, request_id: str, error: Exception) -> None:

@@ -3,6 +3,7 @@
 RouterError
 ├── NoReplicaError      no replica can serve this request now         503
 ├── OverloadedError     the ingress holds as many requests as it may  503
+├── TooManyError        one call asks for more answers than fit       400
 └── RequestLostError    every plan for a request has failed           503
 """
 
@@ -38,6 +39,17 @@ class OverloadedError(RouterError):
         return f"{self.held} requests in flight, {self.limit} allowed; try again shortly"
 
 
+class TooManyError(RouterError):
+    """One call asks for more answers than the ingress ever holds."""
+
+    def __init__(self, wanted: int, limit: int) -> None:
+        super().__init__(wanted, limit)
+        self.wanted, self.limit = wanted, limit
+
+    def __str__(self) -> str:
+        return f"{self.wanted} answers wanted in one call, {self.limit} allowed; lower n"
+
+
 class RequestLostError(RouterError):
     """The replicas of a request failed, and so did the plans that followed."""
 
@@ -52,5 +64,6 @@ class RequestLostError(RouterError):
 STATUS: dict[type[RouterError], HTTPStatus] = {
     NoReplicaError: HTTPStatus.SERVICE_UNAVAILABLE,
     OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    TooManyError: HTTPStatus.BAD_REQUEST,
     RequestLostError: HTTPStatus.SERVICE_UNAVAILABLE,
 }

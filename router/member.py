@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
 
 from kv.block import TOKEN_BYTES
 from kv.curve import PrefillCurve, PrefillSample, fit_prefill
@@ -12,6 +11,7 @@ from workers.messages import (
     Abort,
     Blocks,
     Delta,
+    Handoff,
     Link,
     Load,
     Release,
@@ -49,7 +49,7 @@ class Member:
         self._sequence: int | None = None
         self._answers: dict[str, asyncio.Queue[Delta | WorkerError]] = {}
         self._unstarted: dict[str, int] = {}
-        self._orphans: dict[str, tuple[float, Callable[[dict[str, Any]], None]]] = {}
+        self._orphans: dict[str, tuple[float, Callable[[Handoff], None]]] = {}
         self._link = connect(self)
 
     @property
@@ -69,7 +69,7 @@ class Member:
 
     @asynccontextmanager
     async def run(
-        self, submit: Submit, unread: Callable[[dict[str, Any]], None] | None = None
+        self, submit: Submit, unread: Callable[[Handoff], None] | None = None
     ) -> AsyncIterator[AsyncIterator[Delta]]:
         """Start a request; its deltas follow until one has a finish reason.
 
@@ -111,7 +111,7 @@ class Member:
         self,
         request_id: str,
         answers: "asyncio.Queue[Delta | WorkerError]",
-        unread: Callable[[dict[str, Any]], None],
+        unread: Callable[[Handoff], None],
     ) -> None:
         """What arrived and was not read goes now; what is still on the wire, when it comes."""
         while not answers.empty():
@@ -123,7 +123,7 @@ class Member:
             self._orphans = {k: v for k, v in self._orphans.items() if v[0] > now}
             self._orphans[request_id] = (now + _ORPHAN_S, unread)
 
-    def release(self, request_id: str, handoff: dict[str, Any]) -> None:
+    def release(self, request_id: str, handoff: Handoff) -> None:
         """Have this decode replica tell the prefill side that nobody will read `handoff`."""
         self._link.send(Release(request_id, handoff))
 

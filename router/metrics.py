@@ -1,6 +1,8 @@
 """Breakeven's metrics. Names and labels are DESIGN.md's; base units throughout."""
 
+import logging
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -9,6 +11,8 @@ from prometheus_client.registry import Collector
 from router.audit import Record
 from router.fleet import Fleet
 from router.member import Member
+
+logger = logging.getLogger(__name__)
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
 _ITL_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
@@ -62,6 +66,7 @@ class RequestMetrics:
         self._itl.labels(record.service_class).observe(gap_s)
 
     def finished(self, record: Record) -> None:
+        logger.info("request", extra={"fields": _fields(record)})
         self._requests.labels(record.service_class, record.outcome).inc()
         ttft_s = record.ttft_s
         if ttft_s is None:
@@ -69,6 +74,21 @@ class RequestMetrics:
         self._ttft.labels(record.service_class, record.plan.shape).observe(ttft_s)
         if len(record.plans) == 1 and record.plan.predicted_ttft_s > 0:
             self._ratio.observe(ttft_s / record.plan.predicted_ttft_s)
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    """A finished request for the log."""
+    return {
+        "request_id": record.request_id,
+        "class": record.service_class,
+        "plan": record.plan.header(),
+        "plans": len(record.plans),
+        "outcome": record.outcome,
+        "prompt_tokens": record.prompt_tokens,
+        "cached_tokens": record.cached_tokens(),
+        "generated_tokens": record.generated_tokens,
+        "ttft_s": record.ttft_s,
+    }
 
 
 class FleetMetrics(Collector):
@@ -86,13 +106,21 @@ class FleetMetrics(Collector):
             "breakeven_replica_up", "1 while a replica answers", labels=["role", "replica"]
         )
         leases = GaugeMetricFamily("breakeven_leases", "Prefills whose blocks wait to be read")
+        held = GaugeMetricFamily("breakeven_tier_bytes", "KV that is cached", labels=["tier"])
         for member in members:
             up.add_metric([member.replica.role, member.name], float(member.up))
+        held.add_metric(["device"], sum(map(self._cached_bytes, members)))
         leases.add_metric([], sum(member.load.leased for member in members))
         yield up
         yield leases
+        yield held
         yield self._tokens(members)
         yield from self._transfers(members)
+
+    def _cached_bytes(self, member: Member) -> int:
+        replica = member.replica
+        block_bytes = replica.block_tokens * replica.kv_bytes_per_token
+        return self._fleet.cached_blocks(member) * block_bytes
 
     def _tokens(self, members: tuple[Member, ...]) -> Metric:
         tokens = CounterMetricFamily(

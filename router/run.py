@@ -6,7 +6,6 @@ as it finished, when a client left between the two steps, when D is gone.
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -16,9 +15,7 @@ from router.fleet import Fleet
 from router.member import Member
 from router.request import Request
 from workers.errors import ReplicaLostError
-from workers.messages import Delta, Role, Submit
-
-Handoff = dict[str, Any]
+from workers.messages import Delta, Handoff, Role, Submit
 
 
 @dataclass(slots=True)

@@ -9,18 +9,19 @@ import asyncio
 import logging
 import random
 from collections.abc import Iterable, Mapping
-from contextlib import AsyncExitStack
 from functools import partial
 
 from kv.block import pack_tokens
 from kv.curve import LinkCurve, TransferSample, fit_link
+from kv.errors import KVError
 from router.member import Member
-from workers.errors import WorkerError
-from workers.messages import Role, Submit
+from workers.errors import ReplicaLostError, WorkerError
+from workers.messages import Handoff, Role, Submit
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 60.0
+_RETRY_S = 1.0
 # Blocks of the prompts moved: the first meets the peer, the others are timed.
 _WARM_BLOCKS = (1, 2, 8)
 # Token ids that every vocabulary of a text model has.
@@ -65,26 +66,35 @@ class Pairs:
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 samples = [await self._move(prefill, decode, blocks) for blocks in _WARM_BLOCKS]
-        except (WorkerError, TimeoutError) as error:
+                curve = fit_link(samples[1:])
+        except (WorkerError, KVError, TimeoutError) as error:
             logger.warning("%s and %s not warmed: %s", prefill.name, decode.name, error)
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(_RETRY_S)
             return
         if prefill.up and decode.up:
-            self._links = {**self._links, (prefill.name, decode.name): fit_link(samples[1:])}
+            self._links = {**self._links, (prefill.name, decode.name): curve}
 
     async def _move(self, prefill: Member, decode: Member, blocks: int) -> TransferSample:
         """Seconds from a handoff in hand to D's first token, when `blocks` are moved."""
         n_tokens = blocks * prefill.replica.block_tokens
         tokens = pack_tokens([self._random.randrange(_VOCABULARY) for _ in range(n_tokens)])
         name = f"warm-{self._random.getrandbits(64):016x}"
-        loop = asyncio.get_running_loop()
-        async with AsyncExitStack() as stack:
-            ask = Submit(name, Role.PREFILL, tokens, self._body)
-            deltas = await stack.enter_async_context(prefill.run(ask))
+
+        def release(handoff: Handoff) -> None:
+            decode.release(f"{name}.release", handoff)
+
+        ask = Submit(name, Role.PREFILL, tokens, self._body)
+        async with prefill.run(ask, unread=release) as deltas:
             handoff = [delta async for delta in deltas][-1].handoff
-            began = loop.time()
-            take = Submit(name, Role.DECODE, tokens, self._body, handoff)
-            deltas = await stack.enter_async_context(decode.run(take))
-            await anext(deltas)
-            seconds = loop.time() - began
+        if handoff is None:
+            raise ReplicaLostError(prefill.name, f"{name} ended without a handoff")
+        began = asyncio.get_running_loop().time()
+        try:
+            async with decode.run(Submit(name, Role.DECODE, tokens, self._body, handoff)) as deltas:
+                async for _ in deltas:
+                    break
+        except WorkerError:
+            release(handoff)
+            raise
+        seconds = asyncio.get_running_loop().time() - began
         return TransferSample(n_tokens * prefill.replica.kv_bytes_per_token, seconds)

@@ -1,6 +1,8 @@
 """Fixtures that more than one folder of tests uses."""
 
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,14 @@ def default_model(cache_dir: Path) -> Path:
 def tiny_model(cache_dir: Path, default_model: Path) -> Path:
     """A random-weight Llama with the default model's tokenizer."""
     return cached_tiny_model(cache_dir, default_model)
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    def pick() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        return port
+
+    return pick

@@ -5,7 +5,7 @@ import contextlib
 
 from ray import serve
 
-from workers import serve_port
+from workers import logs, serve_port
 from workers.announce import keep_announced
 from workers.errors import WorkerError
 from workers.replica import ReplicaProcess, ReplicaSettings
@@ -19,7 +19,12 @@ class EngineReplica:
         serve_port.bind_to(settings.host)
         context = serve.get_replica_context()
         name = f"{settings.role}-{context.rank.rank}"
-        self._process = await asyncio.to_thread(ReplicaProcess, name, settings)
+        logs.configure(name)
+        try:
+            self._process = await asyncio.to_thread(ReplicaProcess, name, settings)
+        except WorkerError as error:
+            logs.fatal(str(error))
+            raise RuntimeError(str(error)) from None
         self._tasks = [
             asyncio.create_task(self._process.serve()),
             asyncio.create_task(keep_announced(cluster, self._process.replica)),

@@ -16,6 +16,10 @@ from workers.errors import WireError
 WIRE_VERSION = 1
 
 
+# vLLM's kv_transfer_params: where a finished prefill's blocks lie. Opaque to the router.
+Handoff = dict[str, Any]
+
+
 class Role(StrEnum):
     """The pool that a replica belongs to."""
 
@@ -88,7 +92,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     role: Role
     tokens: bytes
     body: bytes
-    handoff: dict[str, Any] | None = None
+    handoff: Handoff | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -101,7 +105,7 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     """Sent to a decode replica: give back the prefill behind `handoff`, nobody will decode it."""
 
     request_id: str
-    handoff: dict[str, Any]
+    handoff: Handoff
 
 
 class Resync(msgspec.Struct, frozen=True, tag="resync"):
@@ -138,7 +142,7 @@ class Delta(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     sources: Sources | None = None
-    handoff: dict[str, Any] | None = None
+    handoff: Handoff | None = None
     extras: list[bytes] | None = None
     error: str | None = None
 

@@ -69,7 +69,7 @@ class ReplicaServer:
                 tasks.create_task(self._receive())
                 tasks.create_task(self._beat())
         finally:
-            self._socket.close(linger=0)
+            self._context.destroy(linger=0)
 
     def report(self, report: "StepReport") -> None:
         """A step's outcome; called on the engine's thread."""
@@ -163,7 +163,10 @@ class ReplicaServer:
     def _release(self, request_id: str, handoff: dict[str, Any]) -> None:
         from workers import work
 
-        self._engine.add(work.rejected_handoff(request_id, handoff))
+        try:
+            self._engine.add(work.rejected_handoff(request_id, handoff))
+        except Exception as error:  # the wire's edge, as for a request
+            logger.warning("%s not released: %s", request_id, type(error).__name__)
 
     # ------------------------------------------------------------------ what goes out
 

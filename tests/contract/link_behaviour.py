@@ -1,7 +1,7 @@
 """What a replica does at the other end of a `Link`: run on the simulator and on real engines.
 
-Plain functions over a `Stage`; `BEHAVIOURS` lists them. Times are waits of at most `Stage.patience_s`
-for something to become true, so that they hold on virtual and on real time.
+Plain functions over a `Stage`; `BEHAVIOURS` lists them. Each waits at most `Stage.patience_s` for
+something to become true, so that they hold on virtual and on real time.
 """
 
 import asyncio
@@ -109,7 +109,7 @@ async def _sides(stage: Stage) -> tuple[Side, Side]:
 
 
 async def it_welcomes_first(stage: Stage) -> None:
-    """The first messages are Welcome, Load and a snapshot; a second Hello gets no second Welcome."""
+    """Welcome, Load and a snapshot come first; a second Hello gets no second Welcome."""
     side = Side(stage, stage.decode)
     await side.followed()
     welcome, load, blocks = side.heard.replies[:3]

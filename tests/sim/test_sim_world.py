@@ -13,7 +13,8 @@ from router.audit import Record
 from router.errors import NoReplicaError, OverloadedError, RequestLostError
 from router.request import Request
 from tests.sim.world import Prompts, World, answer, idle, request, world
-from workers.messages import Role
+from workers.messages import Blocks, Role
+from workers.sim_link import WIRE_S
 
 pytestmark = pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
 
@@ -114,11 +115,15 @@ def ordered(here: World, asked: Sequence[Request]) -> list[Record]:
 async def test_a_stream_is_right_up_to_the_loss_of_its_replica() -> None:
     """What a client saw before RequestLostError is the beginning of the right answer."""
     async with world(prefill=0, decode=1) as here:
-        asked, seen = request("r", range(40), 100), []
+        asked, seen = request("r", range(40), 100), list[int]()
+
+        async def watch() -> None:
+            async for delta in here.pipeline.serve(asked):
+                seen.extend(delta.token_ids)
+
         asyncio.get_running_loop().call_later(0.6, here.engine("decode-0").crash)
         with pytest.raises(RequestLostError, match="silent"):
-            async for delta in here.pipeline.serve(asked):
-                seen += delta.token_ids
+            await watch()
         assert 5 < len(seen) < 100
         assert seen == answer(asked)[: len(seen)]
         assert here.audit.records[-1].outcome == "failed"
@@ -208,6 +213,43 @@ async def test_clients_that_leave_free_everything(seed: int) -> None:
         expired = [engine.load().totals.expired_leases for engine in here.cluster.engines.values()]
         assert expired == [0] * 5
         here.check()
+
+
+async def test_a_client_that_leaves_ends_its_stream_at_once() -> None:
+    """The replica does not go on for somebody who is gone."""
+    async with world() as here:
+        call = asyncio.create_task(here.ask(request("r", range(40), 10_000)))
+        await asyncio.sleep(1.0)
+        call.cancel()
+        await asyncio.sleep(0.1)
+        assert all(idle(engine) for engine in here.cluster.engines.values())
+
+
+async def test_a_client_that_leaves_as_its_prefill_ends_leaves_no_lease() -> None:
+    """Wherever the abort crosses the handoff, on P's way, ours or D's, P's pages come back."""
+    async with world(prefill=1, decode=1) as here:
+        ends_s = here.costs.prefill.seconds(1000, 0)
+        for number in range(40):
+            prompt = range(1000 * number, 1000 * number + 1000)
+            call = asyncio.create_task(here.ask(request(f"r{number}", prompt, 3)))
+            await asyncio.sleep(ends_s + (number - 10) * WIRE_S / 4)
+            call.cancel()
+            await asyncio.sleep(1.0)
+            assert all(idle(engine) for engine in here.cluster.engines.values())
+        assert {record.outcome for record in here.audit.records} == {"aborted"}
+        here.check()
+
+
+async def test_a_handoff_that_the_decode_replica_refuses_is_given_back() -> None:
+    """The next plan prefills anew; the first handoff's lease does not wait for its end."""
+    async with world() as here:
+        for name in ("decode-0", "decode-1", "decode-2"):
+            here.engine(name).refuse_next(1)
+        asked = request("r", range(1000), 3)
+        assert await here.ask(asked) == answer(asked)
+        assert [plan.shape for plan in here.audit.records[-1].plans] == [Shape.REMOTE] * 4
+        await asyncio.sleep(1.0)
+        assert all(idle(engine) for engine in here.cluster.engines.values())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -300,6 +342,16 @@ async def test_a_repeated_prompt_is_a_hit_the_second_time() -> None:
         assert first.cached_tokens() == 0
         assert second.cached_tokens() == 992
         assert second.plan.spans[0].end_token == 992
+
+
+async def test_a_snapshot_replaces_what_was_known() -> None:
+    """Blocks that a snapshot lacks are gone from the catalogue."""
+    async with world() as here:
+        await here.ask(request("r", range(1000), 3))
+        await here.quiet()
+        member = here.fleet.members()[-1]
+        member.receive(Blocks(1000, stored=b"k" * 16, snapshot=True))
+        assert here.fleet.cached_blocks(member) == 1
 
 
 async def test_without_decode_replicas_a_request_is_refused() -> None:

@@ -71,13 +71,13 @@ class World:
         """Returns when every pair is routable."""
         roles = [r.role for r in self.directory.announced.values()]
         pairs = roles.count(Role.PREFILL) * roles.count(Role.DECODE)
-        while len(self.fleet.pairs.links) < pairs or not self.fleet.ready():
+        while len(self.fleet.pairs.links) < pairs or not self.fleet.ready():  # noqa: ASYNC110
             await asyncio.sleep(0.25)
         await self.quiet()
 
     async def quiet(self) -> None:
         """Returns when no engine has work, and reports and replies have arrived."""
-        while any(not idle(engine) for engine in self.cluster.engines.values()):
+        while any(not idle(engine) for engine in self.cluster.engines.values()):  # noqa: ASYNC110
             await asyncio.sleep(0.25)
         await asyncio.sleep(2.5)
 

@@ -86,7 +86,7 @@ class Pair:
 
 async def until(true: Callable[[], object], within_s: float = 5.0) -> None:
     async with asyncio.timeout(within_s):
-        while not true():
+        while not true():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
@@ -98,7 +98,6 @@ async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
     monkeypatch.setattr(workers, "work", work, raising=False)
     monkeypatch.setattr(server, "_BEAT_S", 0.02)
     monkeypatch.setattr(channel, "_HELLO_EVERY_S", 0.05)
-    before = asyncio.all_tasks()
     served, engine, inbox = ReplicaServer("127.0.0.1"), NotingEngine(), Inbox()
     serving = asyncio.create_task(served.serve(engine, REPLICA))  # type: ignore[arg-type]
     link = ChannelLink(served.address, "ingress-0", inbox)
@@ -106,7 +105,7 @@ async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
     yield Pair(served, engine, serving, inbox, link)
     link.close()
     await stop(serving)
-    await until(lambda: asyncio.all_tasks() == before)
+    await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
 
 
 async def stop(serving: "asyncio.Task[None]") -> None:
@@ -212,6 +211,7 @@ async def test_a_link_that_closes_frees_its_requests(
     await until(lambda: pair.engine.added)
     monkeypatch.setattr(server, "SILENCE_S", 0.2)
     pair.link.close()
+    assert pair.link._socket.closed
     await until(lambda: pair.engine.aborted == ["r1"])
 
 

@@ -5,7 +5,9 @@ import pytest
 from workers.lanes import is_rdma, parse, read
 
 STAMP = "[1795313059.494569] [vm:6017 :0]"
-RULE = f"{STAMP}   +--------------------------------+----------------------------------------------+"
+RULE = (
+    f"{STAMP}   +--------------------------------+----------------------------------------------+"
+)
 
 
 def endpoint(title: str, operation: str, *rows: tuple[str, str, str]) -> str:
@@ -58,7 +60,7 @@ def test_a_device_keeps_its_whole_name(lane: str) -> None:
 
 
 def test_lanes_are_listed_once_in_order_over_a_whole_log() -> None:
-    """Tables of several endpoints are read one after the other; a self endpoint ends a remote one."""
+    """Tables of several endpoints follow each other; a self endpoint ends a remote one."""
     log = (
         endpoint("a self cfg#0", READ, ("0..inf", "copy", "self/memory"))
         + endpoint("a intra-node cfg#1", READ, CMA)

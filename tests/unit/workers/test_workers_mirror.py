@@ -53,7 +53,9 @@ class MirrorAgainstSets(RuleBasedStateMachine):
         token_ids = prompt.token_ids[start * BLOCK_TOKENS : (start + count) * BLOCK_TOKENS]
         if not names:
             return
-        self.mirror.store(names, parent, token_ids, BLOCK_TOKENS, prompt.salt if not start else None)
+        self.mirror.store(
+            names, parent, token_ids, BLOCK_TOKENS, prompt.salt if not start else None
+        )
         if parent is None or parent in self.held:
             self.held.update(zip(names, keys, strict=True))
 

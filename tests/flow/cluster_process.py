@@ -1,0 +1,121 @@
+"""A cluster as its users run it: the `serve` command in a process of its own."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_S = 180.0
+# Of a cluster at rest: finished prefills are read and books are closed within this.
+SETTLE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running `serve`; `cache` holds its state file."""
+
+    process: subprocess.Popen[str]
+    url: str
+    cache: Path
+    output: Path
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return json.load(answer)
+
+    def replicas(self) -> dict[str, dict[str, Any]]:
+        return {row["name"]: row for row in self.get("/admin/replicas")["replicas"]}
+
+    def total(self, field: str) -> int:
+        """A field of all replicas, summed."""
+        return sum(int(row[field]) for row in self.replicas().values())
+
+    def metrics(self) -> dict[str, float]:
+        """Samples of /metrics by name and labels."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in samples}
+
+    def run_dir(self) -> Path:
+        return Path(json.loads((self.cache / "cluster.json").read_text())["run_dir"])
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Another `breakeven` command against this cluster."""
+        return subprocess.run(
+            [sys.executable, "-m", "cluster", *words],
+            cwd=ROOT,
+            env=_environment(self.cache),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def await_rest(self, timeout_s: float = SETTLE_S) -> None:
+        """Return once the books balance: nothing runs, waits, is leased or holds pages."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            rows = self.replicas().values()
+            held = [(r["name"], k, r[k]) for r in rows for k in _HELD if r[k]]
+            if not held:
+                return
+            if time.monotonic() > deadline:
+                raise AssertionError(f"still held after {timeout_s} s: {held}")
+            time.sleep(0.05)
+
+
+_HELD = ("running", "waiting", "pending_prefill_tokens", "leased", "kv_usage")
+
+
+@contextlib.contextmanager
+def running(tmp: Path, models: Path, port: int, *words: str) -> Iterator[Cluster]:
+    """A cluster that is ready; ended by SIGTERM, and by `down` should that fail."""
+    cluster = start(tmp, models, port, *words)
+    try:
+        yield cluster
+    finally:
+        if cluster.process.poll() is None:
+            cluster.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                cluster.process.wait(60)
+        cluster.command("down")
+
+
+def start(tmp: Path, models: Path, port: int, *words: str) -> Cluster:
+    """Start `serve` and wait for its `ready` line."""
+    cache = tmp / "cache"
+    cache.mkdir(parents=True)
+    (cache / "models").symlink_to(models.resolve())
+    output = tmp / "serve.log"
+    with output.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster", "serve", "--port", str(port), *words],
+            cwd=ROOT,
+            env=_environment(cache),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    cluster = Cluster(process, f"http://127.0.0.1:{port}", cache, output)
+    deadline = time.monotonic() + READY_S
+    while f"ready {cluster.url}" not in output.read_text():
+        if process.poll() is not None or time.monotonic() > deadline:
+            cluster.command("down")
+            raise AssertionError(f"no ready line:\n{output.read_text()}")
+        time.sleep(0.2)
+    return cluster
+
+
+def _environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "BREAKEVEN_CACHE": str(cache)}

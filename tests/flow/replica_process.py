@@ -1,0 +1,80 @@
+"""One replica in a process of its own, without Ray: `replica_process.py NAME ROLE MODEL FOLDER`.
+
+Writes who it is to FOLDER/NAME.json once it serves, and ends on SIGTERM.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from cluster.app import engine_options, environment
+from cluster.config import load
+from workers.messages import Replica, Role
+from workers.replica import ReplicaProcess, ReplicaSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextlib.contextmanager
+def replicas(model: Path, folder: Path) -> Iterator[tuple[Replica, Replica]]:
+    """A prefill and a decode replica that serve."""
+    env = {**os.environ, **environment(load(None, {}), model, 1), "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, f"{role}-0", role, str(model), str(folder)],
+            env=env,
+            stderr=(folder / f"{role}.log").open("w"),
+        )
+        for role in Role
+    ]
+    try:
+        yield (_await(folder, "prefill-0", started[0]), _await(folder, "decode-0", started[1]))
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait(30)
+
+
+def _await(folder: Path, name: str, process: subprocess.Popen[bytes]) -> Replica:
+    path, deadline = folder / f"{name}.json", time.monotonic() + 120
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"{name} did not start; see {folder}")
+        time.sleep(0.1)
+    return msgspec.json.decode(path.read_bytes(), type=Replica)
+
+
+async def _serve(name: str, role: str, model: str, folder: Path) -> None:
+    config = load(None, {"engine": {"kv_cache_memory_bytes": 1 << 26}})
+    pool = config.prefill if role == Role.PREFILL else config.decode
+    settings = ReplicaSettings(
+        role=Role(role),
+        model=model,
+        served_names=("tiny",),
+        engine=engine_options(config, pool),
+        host="127.0.0.1",
+        scratch=str(folder),
+        probe_s=0.5,
+    )
+    process = await asyncio.to_thread(ReplicaProcess, name, settings)
+    serving = asyncio.create_task(process.serve())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
+    draft = folder / f"{name}.draft"
+    draft.write_bytes(msgspec.json.encode(process.replica))
+    draft.rename(folder / f"{name}.json")
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+    await asyncio.to_thread(process.stop)
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])))

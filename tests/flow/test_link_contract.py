@@ -1,0 +1,50 @@
+"""The real engine behaves at the other end of a link as the simulator does."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kv.block import pack_tokens
+from tests.contract.link_behaviour import BEHAVIOURS, Stage
+from tests.flow.replica_process import replicas
+from workers.channel import ChannelLink
+from workers.messages import Inbox, Link, Replica
+
+
+@pytest.fixture(scope="module")
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
+) -> Iterator[tuple[Replica, Replica]]:
+    with replicas(tiny_model, tmp_path_factory.mktemp("replicas")) as started:
+        yield started
+
+
+@pytest.mark.parametrize("number", range(len(BEHAVIOURS)), ids=[b.__name__ for b in BEHAVIOURS])
+async def test_a_real_replica_does_what_the_simulator_does(
+    pair: tuple[Replica, Replica], number: int
+) -> None:
+    """Each behaviour of the shared suite, on vLLM engines over ZMQ and NIXL."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    from router.client import body_of
+
+    def body(n_tokens: int) -> bytes:
+        params = SamplingParams(temperature=0.0, max_tokens=n_tokens, ignore_eos=True)
+        request = EngineCoreRequest("x", None, None, params, None, 0.0, None, None, None)
+        return body_of(request)
+
+    def prompt(which: int) -> bytes:
+        rng = random.Random(1000 * number + which)
+        return pack_tokens([rng.randrange(1000, 40_000) for _ in range(5 * 32 + 7)])
+
+    def to(replica: Replica):  # type: ignore[no-untyped-def]
+        def connect(inbox: Inbox) -> Link:
+            return ChannelLink(replica.address, "contract", inbox)
+
+        return connect
+
+    prefill, decode = pair
+    await BEHAVIOURS[number](Stage(to(prefill), to(decode), prompt, body))

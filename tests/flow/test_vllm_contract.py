@@ -1,0 +1,76 @@
+"""Which private parts of vLLM, Ray and NIXL we lean on; a new version must still have them."""
+
+import inspect
+import re
+
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+from router.client import ClusterClient, ClusterCore
+
+
+def test_cluster_client_sets_every_attribute_that_asyncllm_uses() -> None:
+    """`AsyncLLM`'s methods on the request path find everything they read on `self`."""
+    used = set()
+    for name in ("generate", "add_request", "_add_request", "abort", "_run_output_handler"):
+        used |= _self_names(getattr(AsyncLLM, name))
+    source = inspect.getsource(ClusterClient)
+    missing = {
+        name for name in used if not hasattr(ClusterClient, name) and f"self.{name}" not in source
+    }
+    # Set by `_run_output_handler` itself.
+    assert missing <= {"_logger_ref"}
+
+
+def test_cluster_core_answers_what_asyncllm_asks_of_an_engine_core() -> None:
+    """Every `engine_core.x` on the request path exists on ours."""
+    asked = set()
+    for name in ("generate", "add_request", "_add_request", "abort", "_run_output_handler"):
+        source = inspect.getsource(getattr(AsyncLLM, name))
+        asked |= {part.split("(")[0] for part in source.split("engine_core.")[1:]}
+    assert {name for name in asked if name.isidentifier()} <= set(dir(ClusterCore))
+
+
+def test_the_engine_core_has_what_the_step_loop_uses() -> None:
+    """`workers.engine` steps, aborts and hashes by these."""
+    for name in (
+        "step",
+        "step_with_batch_queue",
+        "post_step",
+        "preprocess_add_request",
+        "add_request",
+        "abort_requests",
+        "reset_prefix_cache",
+        "shutdown",
+    ):
+        assert callable(getattr(EngineCore, name))
+    source = inspect.getsource(EngineCore.__init__)
+    for attribute in ("self.scheduler", "self.batch_queue", "self.step_fn", "self.aborts_queue"):
+        assert attribute in source
+
+
+def test_the_output_processor_keeps_requests_where_failures_are_put() -> None:
+    """`ClusterClient._fail` finds a request's queue and parent here."""
+    assert "self.request_states" in inspect.getsource(OutputProcessor.__init__)
+    assert {"queue", "parent_req"} <= set(inspect.signature(RequestState.__init__).parameters)
+
+
+def test_nixl_takes_the_progress_delay_from_where_we_set_it() -> None:
+    """`calm_progress_thread` replaces the config class that the agent instantiates."""
+    import nixl._api as api
+
+    source = inspect.getsource(api.nixl_agent.__init__)
+    assert "nixlBind.nixlAgentConfig()" in source
+    assert "pthrDelay = 0" in source
+
+
+def test_serve_opens_its_port_by_the_function_that_we_replace() -> None:
+    """`serve_port.bind_to` only helps while Serve calls this name with this address."""
+    from ray.serve._private import replica
+
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in inspect.getsource(replica)
+
+
+def _self_names(function: object) -> set[str]:
+    return set(re.findall(r"\bself\.(\w+)", inspect.getsource(function)))  # type: ignore[arg-type]

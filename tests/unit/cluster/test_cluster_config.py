@@ -1,0 +1,87 @@
+"""The configuration: merged key by key, and strict."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.app import engine_options
+from cluster.cli import _overrides, _parser
+from cluster.config import DEFAULT, ROOT, Config, load
+from cluster.errors import ConfigError
+
+
+def test_the_default_file_loads_and_is_the_reference() -> None:
+    """The embedded default is complete: it names every key that the types know."""
+    import msgspec
+    import yaml
+
+    written = yaml.safe_load(DEFAULT.read_text())
+    known: dict[str, Any] = msgspec.to_builtins(load(None, {}))
+    for section, keys in known.items():
+        assert section in written
+        if isinstance(keys, dict) and section != "engine":
+            assert set(written[section]) == set(keys)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_file_loads(path: Path) -> None:
+    """Each file in configs/ is valid on its own."""
+    assert load(path, {}).decode.replicas >= 1
+
+
+def test_a_null_option_is_left_to_vllm() -> None:
+    """The GPU file takes back CPU options by null."""
+    config = load(ROOT / "configs" / "gpu-1x8.yaml", {})
+    options = engine_options(config, config.prefill)
+    assert "kv_cache_memory_bytes" not in options
+    assert options["max_num_batched_tokens"] == 8192
+
+
+def test_options_of_the_command_line_come_last(tmp_path: Path) -> None:
+    """default < file < command line, merged key by key."""
+    path = tmp_path / "a.yaml"
+    path.write_text("prefill: {replicas: 3}\nengine: {max_num_seqs: 5}\n")
+    words = ["serve", "--decode", "4", "--engine-arg", "max-model-len=99", "--port", "9"]
+    config = load(path, _overrides(_parser().parse_args(words)))
+    assert (config.prefill.replicas, config.decode.replicas, config.ingress.port) == (3, 4, 9)
+    assert config.engine["max_num_seqs"] == 5
+    assert config.engine["max_model_len"] == 99
+    assert config.engine["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prefil: {replicas: 1}", "prefil"),
+        ("prefill: {replica: 1}", "replica"),
+        ("prefill: {replicas: -1}", "prefill.replicas"),
+        ("prefill: {replicas: many}", "prefill.replicas"),
+        ("ingress: {port: 0}", "ingress.port"),
+        ("decode: {replicas: 0}", "decode.replicas"),
+        ("served_names: []", "served_names"),
+        ("device: tpu", "device"),
+        ("[1, 2]", "list"),
+        ("a: [", "YAML"),
+        ("host: 0.0.0.0", "loopback"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_key(tmp_path: Path, text: str, says: str) -> None:
+    """Unknown keys and wrong values name the file, the key and where keys are explained."""
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"configs/cpu\.yaml") as caught:
+        load(path, {})
+    assert says in str(caught.value)
+    assert "wrong.yaml" in str(caught.value)
+
+
+def test_gpus_of_a_replica_are_its_ranks() -> None:
+    """Tensor and pipeline parallel sizes multiply, and the pools may differ."""
+    config = load(
+        None,
+        {"engine": {"tensor_parallel_size": 2}, "decode": {"engine": {"tensor_parallel_size": 4}}},
+    )
+    assert config.tensor_parallel(config.prefill) == 2
+    assert config.tensor_parallel(config.decode) == 4
+    assert isinstance(config, Config)
