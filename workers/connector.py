@@ -18,15 +18,16 @@ PROGRESS_DELAY_US = 1000
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
-def prepare(host: str, ucx_log: Path, transports: str | None) -> int:
-    """Set NIXL's and UCX's environment for this process; returns the side-channel port.
+def prepare(host: str, ucx_log: Path, transports: str | None) -> socket.socket:
+    """Set NIXL's and UCX's environment for this process; returns the reserved side channel,
+    to be kept as long as the engine.
 
     `transports` is UCX_TLS (None leaves the choice to UCX). UCX writes the lanes it chose to
     `ucx_log`, which `workers.lanes` reads.
     """
-    port = _free_port(host)
+    reserved = reserve_port(host)
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = host
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(reserved.getsockname()[1])
     os.environ["UCX_PROTO_INFO"] = "y"
     os.environ["UCX_LOG_FILE"] = str(ucx_log)
     if transports:
@@ -34,7 +35,7 @@ def prepare(host: str, ucx_log: Path, transports: str | None) -> int:
     if host in LOOPBACK:
         # UCX's TCP would listen on every network otherwise.
         os.environ.setdefault("UCX_NET_DEVICES", ",".join(["lo", *_rdma_ports()]))
-    return port
+    return reserved
 
 
 def calm_progress_thread(delay_us: int = PROGRESS_DELAY_US) -> None:
@@ -91,8 +92,14 @@ def _rdma_ports() -> list[str]:
     return sorted(f"{port.parent.parent.name}:{port.name}" for port in ports)
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port
+def reserve_port(host: str) -> socket.socket:
+    """A free port that stays ours until the returned socket is closed.
+
+    vLLM binds the port tens of seconds after it is chosen, on a thread whose failure it waits
+    for without end. A bound socket that does not listen keeps every other process from being
+    given the port, and SO_REUSEADDR lets ZMQ, which sets it too, bind it beside us (Linux).
+    """
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((host, 0))
+    return reserved

@@ -45,7 +45,7 @@ class ReplicaProcess:
         scratch = Path(settings.scratch)
         scratch.mkdir(parents=True, exist_ok=True)
         self._ucx_log = scratch / f"ucx-{name}-{os.getpid()}.log"
-        connector.prepare(settings.host, self._ucx_log, settings.transports)
+        self._side_channel = connector.prepare(settings.host, self._ucx_log, settings.transports)
         self._server = ReplicaServer(settings.host)
         try:
             self.replica = self._start_engine()
@@ -119,4 +119,5 @@ class ReplicaProcess:
     def stop(self) -> None:
         """Stop the engine and remove what it left on disk; safe to call twice."""
         self._engine.stop()
+        self._side_channel.close()
         self._ucx_log.unlink(missing_ok=True)
