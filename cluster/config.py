@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 APP = "breakeven"
 DEFAULT = ROOT / "configs" / "cpu.yaml"
 
+# Ray waits 60 s for an application to end, and so does `down`.
+MAX_DRAIN_S = 45.0
+
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -44,7 +47,7 @@ class IngressSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     port: Port = 8000
     max_requests: Positive = 256
     max_body_bytes: Positive = 10_000_000
-    drain_s: Seconds = 30.0
+    drain_s: Annotated[float, Meta(gt=0, le=MAX_DRAIN_S)] = 30.0
 
 
 class KvSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -118,7 +121,7 @@ def _check(config: Config, source: str) -> None:
     if config.decode.replicas < 1:
         raise ConfigError(source, "decode.replicas is 0, at least 1 wanted: tokens come from there")
     for host in (config.ingress.host, config.host):
-        if host not in ("127.0.0.1", "::1", "localhost") and config.ray.address is None:
+        if host not in ("127.0.0.1", "::1", "localhost"):
             raise ConfigError(
                 source, f"host {host} is not loopback; API keys come first, use 127.0.0.1"
             )

@@ -34,6 +34,7 @@ class IngressReplica:
             raise RuntimeError(str(error)) from None
         directory = GcsDirectory(cluster, asyncio.get_running_loop().time)
         ingress = Ingress(name, settings, directory, ChannelLink, args, config)
+        self._ingress = ingress
         self._task = asyncio.create_task(ingress.serve())
 
     async def check_health(self) -> None:
@@ -41,9 +42,15 @@ class IngressReplica:
         if self._task.done():
             # Serve's controller unpickles what is raised here, and does not know our classes.
             raise RuntimeError(f"the ingress ended: {self._task.exception()!r}")
+        try:
+            await self._ingress.check_health()
+        except Exception as error:  # the edge to Serve
+            raise RuntimeError(f"the ingress answers nothing: {error}") from None
 
     async def __del__(self) -> None:
         """Serve's graceful stop: requests in flight may finish for `drain_s`."""
+        if not hasattr(self, "_task"):  # the constructor failed
+            return
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task

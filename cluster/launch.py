@@ -26,7 +26,7 @@ def serve(config: Config) -> int:
     _refuse_second(url)
     model = _model(config)
     stop = _Stop()
-    run_dir = local_ray.prepare()
+    run_dir = local_ray.prepare(config)
     state.write(run_dir, url)
     failed = True
     try:
@@ -142,6 +142,10 @@ def _refuse_second(url: str) -> None:
             f"a cluster already runs at {running.url} (pid {running.pid}); "
             "end it with `breakeven down`, or set BREAKEVEN_CACHE to run a second one"
         )
+    if running is not None:
+        ended = local_ray.sweep(Path(running.run_dir), keep_logs=False)
+        print(f"a crashed cluster was cleared away, {ended} processes ended", file=sys.stderr)
+        state.clear()
     if _answers(url):
         raise StartError(f"something else answers at {url}; choose another --port")
 

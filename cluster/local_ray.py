@@ -17,18 +17,18 @@ from cluster.config import ROOT, Config
 _STOP_S = 10.0
 
 
-def prepare() -> Path:
+def prepare(config: Config) -> Path:
     """A run folder for one cluster, and the environment that Ray reads when it loads."""
     # Short: Ray's socket paths below it must stay under 107 bytes.
     run_dir = Path(tempfile.mkdtemp(prefix="breakeven-"))
-    token = run_dir / "ray-token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
+    if config.ray.address is None:
+        token = run_dir / "ray-token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     os.environ |= {
         # Else Ray rewrites 127.0.0.1 to another address of this machine.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         # Idle workers that nobody asked for would compete with engines that are starting.
@@ -70,9 +70,11 @@ def stop(app: str) -> None:
     import ray
     from ray import serve
 
-    # A Ray that is half gone must not keep us from ending the rest.
-    with contextlib.suppress(Exception):
-        serve.delete(app)
+    # A Ray that is half gone must not keep us from ending the rest; one that never came up
+    # must not be started for this.
+    if ray.is_initialized():
+        with contextlib.suppress(Exception):
+            serve.delete(app)
     ray.shutdown()
 
 

@@ -64,13 +64,22 @@ def clear() -> None:
 
 
 def leftovers(run_dir: str) -> list[psutil.Process]:
-    """Processes of a cluster that outlived it, except this one: those with a file open in its
-    run folder. Each process of Ray's logs there; titles and environments are rewritten."""
-    return [p for p in psutil.process_iter() if p.pid != os.getpid() and _opens(p.pid, run_dir)]
+    """Processes of a cluster that outlived it, except this one: those that write to a file in
+    its run folder. Each process of Ray's logs there; titles and environments are rewritten."""
+    return [p for p in psutil.process_iter() if p.pid != os.getpid() and _writes(p.pid, run_dir)]
 
 
-def _opens(pid: int, folder: str) -> bool:
+def _writes(pid: int, folder: str) -> bool:
     try:
-        return any(os.readlink(fd).startswith(folder) for fd in Path(f"/proc/{pid}/fd").iterdir())
+        links = Path(f"/proc/{pid}/fd").iterdir()
+        return any(os.readlink(fd).startswith(folder) and _writable(pid, fd.name) for fd in links)
     except OSError:
         return False
+
+
+def _writable(pid: int, fd: str) -> bool:
+    """Somebody who only reads a log, with `tail -f` say, is none of ours."""
+    for line in Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines():
+        if line.startswith("flags:"):
+            return bool(int(line.split()[1], 8) & (os.O_WRONLY | os.O_RDWR))
+    return False

@@ -60,6 +60,11 @@ def chain(root: bytes, packed_tokens: bytes, block_tokens: int) -> list[bytes]:
     return keys
 
 
+def split_keys(keys: bytes) -> list[bytes]:
+    """Concatenated keys, apart again."""
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+
+
 def _count(packed_tokens: bytes) -> int:
     n_tokens, torn_bytes = divmod(len(packed_tokens), TOKEN_BYTES)
     if torn_bytes:

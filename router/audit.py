@@ -13,6 +13,8 @@ from workers.messages import Delta, Sources
 class Observer(Protocol):
     """Where finished records go; `router.metrics` has the one that counts."""
 
+    def refused(self, service_class: str, why: str) -> None: ...
+
     def planned(self, record: "Record", decision_s: float) -> None: ...
 
     def token(self, record: "Record", gap_s: float) -> None: ...
@@ -66,7 +68,7 @@ class Audit:
     def open(self, request: Request, plan: Plan, started_at: float) -> Record:
         """A record of a request that was just planned."""
         record = Record(
-            request.request_id,
+            request.context.request_id,
             request.context.service_class,
             request.prompt_tokens,
             started_at,
@@ -74,6 +76,10 @@ class Audit:
         self.records.append(record)
         self.plan(record, plan, self._now() - started_at)
         return record
+
+    def refuse(self, request: Request, error: Exception) -> None:
+        """A request that never got a plan."""
+        self._observer.refused(request.context.service_class, type(error).__name__)
 
     def plan(self, record: Record, plan: Plan, decision_s: float) -> None:
         """The first plan of a request, or the next one after a failure."""

@@ -25,9 +25,8 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kv.block import pack_tokens
-from router.admission import Admission
 from router.context import Bound, Notes, RequestContext, bound
-from router.errors import STATUS, OverloadedError, RouterError, TooManyError
+from router.errors import STATUS, RouterError
 from router.pipeline import Pipeline
 from router.request import Request
 from workers.messages import Delta
@@ -53,15 +52,15 @@ class ClusterCore:
         task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
 
     async def abort_requests_async(self, request_ids: Iterable[str]) -> None:
-        """Stop requests, on whichever engines they are."""
-        self.cancel(request_ids)
+        """Stop requests that are complete: vLLM's output handler found a stop string."""
+        self.cancel(request_ids, "stop")
 
-    def cancel(self, request_ids: Iterable[str]) -> None:
-        """The same, at once."""
+    def cancel(self, request_ids: Iterable[str], outcome: str = "aborted") -> None:
+        """Stop requests at once, on whichever engines they are."""
         for request_id in request_ids:
             task = self._tasks.get(request_id)
             if task is not None:
-                task.cancel()
+                task.cancel(outcome)
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """Everything that came since the last call, at least one output."""
@@ -89,7 +88,7 @@ class ClusterCore:
 class ClusterClient(AsyncLLM):
     """vLLM's `EngineClient` for a cluster."""
 
-    def __init__(self, config: VllmConfig, pipeline: Pipeline, admission: Admission) -> None:
+    def __init__(self, config: VllmConfig, pipeline: Pipeline) -> None:
         # AsyncLLM's own constructor starts an engine; these are the attributes that its methods
         # use (held to the pinned version by tests/flow/test_vllm_contract.py).
         self.vllm_config = config
@@ -106,19 +105,26 @@ class ClusterClient(AsyncLLM):
             stream_interval=config.scheduler_config.stream_interval,
         )
         self.engine_core = ClusterCore(pipeline, self._fail)
-        self._admission = admission
+        self._pipeline = pipeline
 
     @property
     def is_running(self) -> bool:
-        return True
+        """Whether outputs are being handled; engines may all be gone, which is a 503 and passes."""
+        return self.output_handler is None or not self.output_handler.done()
 
     @property
     def errored(self) -> bool:
-        """Never: a cluster without replicas answers 503 to each request and recovers."""
-        return False
+        return not self.is_running
 
     async def check_health(self) -> None:
-        return None
+        """Raise once the task that handles outputs has ended: no request would be answered."""
+        if self.errored:
+            raise self.dead_error
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """Stop requests that their clients have left."""
+        names = (request_id,) if isinstance(request_id, str) else tuple(request_id)
+        self.engine_core.cancel(self.output_processor.abort_requests(names, internal))
 
     def get_kv_event_sources(self) -> dict[int, Any]:
         return {}
@@ -126,8 +132,8 @@ class ClusterClient(AsyncLLM):
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Refuse before a response is begun, where a status can still be sent."""
         try:
-            self._admission.check(n)
-        except (OverloadedError, TooManyError) as error:
+            self._pipeline.check(n)
+        except RouterError as error:
             raise _http_error(error) from error
 
     def _fail(self, request_id: str, error: Exception) -> None:

@@ -2,15 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from kv.block import KEY_BYTES
+import msgspec
+
+from kv.block import split_keys
 from kv.catalogue import Catalogue, Delta, Holder, Tier
+from kv.errors import KVError
 from router.member import Member
 from router.snapshot import ReplicaView, Snapshot
 from router.warm import Pairs
-from workers.messages import WIRE_VERSION, Blocks, Link, Replica, Role
+from workers.messages import WIRE_VERSION, Blocks, Link, Load, Replica, Role, Totals
 
 logger = logging.getLogger(__name__)
 
@@ -38,23 +42,23 @@ class Fleet:
         connect: Callable[[Replica, Member], Link],
         warm_body: bytes,
         now: Callable[[], float],
+        rng: random.Random,
         expects_prefill: bool,
     ) -> None:
         self._directory, self._connect, self._now = directory, connect, now
         self._expects_prefill = expects_prefill
         self._members: dict[str, Member] = {}
         self.catalogue = Catalogue()
-        self.pairs = Pairs(warm_body)
+        self.pairs = Pairs(warm_body, rng)
+        # Totals of replicas that left, by their lanes.
+        self.retired: dict[tuple[str, ...], Totals] = {}
         self._seen_pair = False
 
     async def watch(self) -> None:
         """Until cancelled: follow the directory, notice silence, warm pairs, sweep."""
         async with asyncio.TaskGroup() as tasks:
-            followed_at = -_DIRECTORY_EVERY_S
+            tasks.create_task(self._watch_directory())
             while True:
-                if self._now() - followed_at >= _DIRECTORY_EVERY_S:
-                    followed_at = self._now()
-                    await self._follow_directory()
                 self._notice_silence()
                 self.pairs.warm(self.up(Role.PREFILL), self.up(Role.DECODE), tasks)
                 self.catalogue.sweep(_SWEEP_SHARDS)
@@ -101,41 +105,70 @@ class Fleet:
         depths = self.catalogue.depths(keys)
         decode = self.up(Role.DECODE)
         return Snapshot(
-            prefill=tuple(_view(m, depths.get(_holder(m), 0)) for m in self.up(Role.PREFILL)),
-            decode=tuple(_view(m, depths.get(_holder(m), 0)) for m in decode),
+            prefill=self._views(Role.PREFILL, depths),
+            decode=self._views(Role.DECODE, depths),
             links=self.pairs.links,
             kv_bytes_per_token=decode[0].replica.kv_bytes_per_token if decode else 0,
         )
 
+    def _views(self, role: Role, depths: Mapping[Holder, int]) -> tuple[ReplicaView, ...]:
+        """What may get work: up, and not finishing up."""
+        routable = (member for member in self.up(role) if not member.load.draining)
+        return tuple(_view(m, depths.get(_holder(m), 0)) for m in routable)
+
     # ------------------------------------------------------------------ keeping it true
 
-    async def _follow_directory(self) -> None:
-        try:
-            announced = {replica.name: replica for replica in await self._directory.replicas()}
-        except OSError as error:
-            # Links go on by themselves; only comings and goings wait for the directory.
-            logger.warning("directory not reached: %s", error)
-            return
-        for name, member in list(self._members.items()):
-            if name not in announced or announced[name].epoch != member.replica.epoch:
-                self._drop(member)
-        for name, replica in announced.items():
-            if name not in self._members and replica.wire_version == WIRE_VERSION:
-                self._adopt(replica)
+    async def _watch_directory(self) -> None:
+        while True:
+            try:
+                self._follow(await self._directory.replicas())
+            except OSError as error:
+                # Links go on by themselves; only comings and goings wait for the directory.
+                logger.warning("directory not reached: %s", error)
+            await asyncio.sleep(_DIRECTORY_EVERY_S)
 
-    def _adopt(self, replica: Replica) -> None:
-        self._members[replica.name] = Member(
-            replica,
-            connect=lambda member: self._connect(replica, member),
-            on_blocks=self._follow_blocks,
-            now=self._now,
-        )
+    def _follow(self, replicas: Sequence[Replica]) -> None:
+        announced = {replica.epoch: replica for replica in replicas}
+        names = {replica.name for replica in replicas}
+        for member in self.members():
+            # One that still answers stays: the directory may lag, but its name may be reclaimed.
+            gone = member.replica.epoch not in announced
+            silent = self._now() - member.heard_at > SILENCE_S
+            if gone and (silent or not member.up or member.name in names):
+                self._drop(member)
+        known = {member.replica.epoch for member in self._members.values()}
+        for replica in announced.values():
+            if replica.epoch not in known and replica.wire_version == WIRE_VERSION:
+                self._adopt(self._named_apart(replica))
+
+    def _named_apart(self, replica: Replica) -> Replica:
+        """Two engines carry one name while the older one is stopping; the newer is renamed."""
+        if replica.name not in self._members:
+            return replica
+        return msgspec.structs.replace(replica, name=f"{replica.name}.{replica.epoch[:4]}")
+
+    def _adopt(self, replica: Replica, load: Load | None = None) -> None:
+        try:
+            self._members[replica.name] = Member(
+                replica,
+                connect=lambda member: self._connect(replica, member),
+                on_blocks=self._follow_blocks,
+                now=self._now,
+            )
+        except KVError as error:  # it measured nothing: no plan could price it
+            logger.warning("%s is not routable: %s", replica.name, error)
+            return
+        if load is not None:
+            self._members[replica.name].load = load
 
     def _drop(self, member: Member) -> None:
         logger.info("%s left", member.name)
         del self._members[member.name]
+        lanes, totals = member.load.lanes, member.load.totals
+        self.retired[lanes] = self.retired.get(lanes, Totals()).plus(totals)
         member.close()
-        self._forget(member)
+        self.catalogue.forget(_holder(member))
+        self.pairs.cool(member.name)
 
     def _notice_silence(self) -> None:
         for member in list(self._members.values()):
@@ -150,18 +183,15 @@ class Fleet:
         # the old one left running there is aborted when the replica misses it.
         member.close()
         self.pairs.cool(member.name)
-        self._adopt(member.replica)
-
-    def _forget(self, member: Member) -> None:
-        self.catalogue.forget(_holder(member))
-        self.pairs.cool(member.name)
+        # What it counted stays known, so that the cluster's sums never fall.
+        self._adopt(member.replica, Load(totals=member.load.totals, lanes=member.load.lanes))
 
     def _follow_blocks(self, member: Member, blocks: Blocks) -> None:
         self.catalogue.apply(
             Delta(
                 holder=_holder(member),
-                stored=_split(blocks.stored),
-                removed=_split(blocks.removed),
+                stored=tuple(split_keys(blocks.stored)),
+                removed=tuple(split_keys(blocks.removed)),
                 cleared=blocks.snapshot,
             )
         )
@@ -171,16 +201,13 @@ def _holder(member: Member) -> Holder:
     return Holder(member.name, Tier.DEVICE)
 
 
-def _split(keys: bytes) -> tuple[bytes, ...]:
-    return tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES))
-
-
 def _view(member: Member, depth: int) -> ReplicaView:
     replica = member.replica
     return ReplicaView(
         name=member.name,
         curve=member.curve,
         step_s=replica.step_s,
+        queued_prefills=member.queued_prefills,
         queued_tokens=member.queued_tokens,
         waiting=member.load.waiting,
         running=max(member.load.running, member.requests),

@@ -198,7 +198,7 @@ def _sized(scope: Scope, body: bytes) -> Scope:
 
 
 _BODY_HEADERS = (b"content-length", b"transfer-encoding")
-_STEERING_H = (b"x-data-parallel-rank", b"x-session-id", b"x-request-id")
+_STEERING_H = (b"x-data-parallel-rank", b"x-vllm-priority", b"x-session-id", b"x-request-id")
 
 
 def _refuse(refusal: _Refusal, request_id: str) -> JSONResponse:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -52,14 +53,20 @@ class Ingress:
         def link(replica: Replica, member: Member) -> Link:
             return connect(replica.address, name, member)
 
-        self.fleet = Fleet(directory, link, warm_body(), now, settings.expects_prefill)
+        self.fleet = Fleet(
+            directory, link, warm_body(), now, random.Random(), settings.expects_prefill
+        )
         registry = CollectorRegistry()
         registry.register(FleetMetrics(self.fleet))
         audit = Audit(now, RequestMetrics(registry))
         admission = Admission(settings.max_requests)
         pipeline = Pipeline(self.fleet, admission, audit, now, settings.assumed_streams)
-        self._client = ClusterClient(config, pipeline, admission)
+        self._client = ClusterClient(config, pipeline)
         self._admin = admin_app(self.fleet, audit, registry)
+
+    async def check_health(self) -> None:
+        """Raise once requests would no longer be answered."""
+        await self._client.check_health()
 
     async def serve(self) -> None:
         """Listen, and follow the fleet; on cancellation requests may finish for `drain_s`."""

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
-from kv.block import TOKEN_BYTES
 from kv.curve import PrefillCurve, PrefillSample, fit_prefill
 from workers.errors import ReplicaLostError, WorkerError
 from workers.messages import (
@@ -63,16 +62,26 @@ class Member:
         return max(self.load.pending_prefill_tokens, sum(self._unstarted.values()))
 
     @property
+    def queued_prefills(self) -> int:
+        """Requests that those tokens belong to."""
+        ours = sum(tokens > 0 for tokens in self._unstarted.values())
+        return max(self.load.pending_prefills, ours)
+
+    @property
     def requests(self) -> int:
         """Requests that it runs for this ingress."""
         return len(self._answers)
 
     @asynccontextmanager
     async def run(
-        self, submit: Submit, unread: Callable[[Handoff], None] | None = None
+        self,
+        submit: Submit,
+        computes_tokens: int,
+        unread: Callable[[Handoff], None] | None = None,
     ) -> AsyncIterator[AsyncIterator[Delta]]:
         """Start a request; its deltas follow until one has a finish reason.
 
+        `computes_tokens` of its prompt are expected to be computed there.
         Raises `ReplicaLostError` when the replica is lost, refuses or fails. Leaving the block
         early aborts the request; should a prefill have finished all the same, its handoff goes
         to `unread`.
@@ -80,7 +89,7 @@ class Member:
         request_id = submit.request_id
         answers: asyncio.Queue[Delta | WorkerError] = asyncio.Queue()
         self._answers[request_id] = answers
-        self._unstarted[request_id] = len(submit.tokens) // TOKEN_BYTES
+        self._unstarted[request_id] = computes_tokens
         self._link.send(submit)
         try:
             async with aclosing(self._deltas(request_id, answers)) as deltas:

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from router.audit import Record
 from router.fleet import Fleet
 from router.member import Member
+from workers.messages import Totals
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ class RequestMetrics:
             registry=registry,
         )
 
+    def refused(self, service_class: str, why: str) -> None:
+        self._requests.labels(service_class, "refused").inc()
+
     def planned(self, record: Record, decision_s: float) -> None:
         self._plans.labels(record.plan.shape, record.plan.reason).inc()
         self._decision.observe(decision_s)
@@ -92,10 +96,7 @@ def _fields(record: Record) -> dict[str, Any]:
 
 
 class FleetMetrics(Collector):
-    """The whole cluster's sums, as its replicas last reported them.
-
-    A replica that restarts begins again at zero, which a Prometheus counter may.
-    """
+    """The whole cluster's sums, as its replicas last reported them."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -114,39 +115,43 @@ class FleetMetrics(Collector):
         yield up
         yield leases
         yield held
-        yield self._tokens(members)
-        yield from self._transfers(members)
+        yield self._tokens()
+        yield from self._transfers()
 
     def _cached_bytes(self, member: Member) -> int:
         replica = member.replica
         block_bytes = replica.block_tokens * replica.kv_bytes_per_token
         return self._fleet.cached_blocks(member) * block_bytes
 
-    def _tokens(self, members: tuple[Member, ...]) -> Metric:
+    def _counted(self) -> list[tuple[tuple[str, ...], Totals]]:
+        """Totals of every engine there ever was: sums of counters must not fall."""
+        now = [(member.load.lanes, member.load.totals) for member in self._fleet.members()]
+        return [*self._fleet.retired.items(), *now]
+
+    def _tokens(self) -> Metric:
         tokens = CounterMetricFamily(
             "breakeven_prompt_tokens", "Prompt tokens by source", labels=["source"]
         )
-        totals = [member.load.totals for member in members]
+        totals = [totals for _, totals in self._counted()]
         tokens.add_metric(["device"], sum(t.prompt_tokens_device for t in totals))
         tokens.add_metric(["computed"], sum(t.prompt_tokens_computed for t in totals))
         return tokens
 
-    def _transfers(self, members: tuple[Member, ...]) -> Iterator[Metric]:
+    def _transfers(self) -> Iterator[Metric]:
         labels = ["source_tier", "transport"]
         moved = CounterMetricFamily("breakeven_transfer_bytes", "Bytes of KV read", labels=labels)
         spent = CounterMetricFamily("breakeven_transfer_seconds", "Spent reading", labels=labels)
         failed = CounterMetricFamily("breakeven_failed_transfers", "Reads of KV that failed")
         by_lane: dict[str, tuple[float, float]] = {}
-        for member in members:
-            totals = member.load.totals
+        for lanes, totals in self._counted():
             if totals.transfers:
-                lane = ",".join(member.load.lanes) or "unknown"
+                lane = ",".join(lanes) or "unknown"
                 n_bytes, seconds = by_lane.get(lane, (0.0, 0.0))
                 by_lane[lane] = (n_bytes + totals.transfer_bytes, seconds + totals.transfer_s)
         for lane, (n_bytes, seconds) in by_lane.items():
             moved.add_metric(["device", lane], n_bytes)
             spent.add_metric(["device", lane], seconds)
-        failed.add_metric([], sum(m.load.totals.failed_transfers for m in members))
+        failed.add_metric([], sum(totals.failed_transfers for _, totals in self._counted()))
         yield moved
         yield spent
         yield failed

@@ -1,19 +1,20 @@
 """The path of one request: admit, name its blocks, look, plan, run, stream, audit."""
 
-from collections.abc import AsyncGenerator, Callable, Collection
-from contextlib import aclosing
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from contextlib import aclosing, contextmanager
 
 from kv.block import TOKEN_BYTES, chain, root_key
 from kv.plan import Plan, Reason
 from router.admission import Admission
 from router.audit import Audit, Record
-from router.errors import RequestLostError, RouterError
+from router.errors import NoReplicaError, RequestLostError, RouterError
 from router.fleet import Fleet
 from router.policy.pair import Question, choose
 from router.request import Request
 from router.run import Attempt, run
 from workers.errors import WorkerError
-from workers.messages import Delta
+from workers.messages import Delta, Role
 
 # Replicas may fail under a request; after this many plans it is the request that is at fault.
 MAX_PLANS = 4
@@ -39,9 +40,9 @@ class Pipeline:
         Raises a `RouterError` when nobody can serve it. Closing the iterator aborts the request
         on every engine.
         """
-        with self._admission.admit():  # 1 admit
+        with self._admit(request):  # 1 admit
             started_at = self._now()
-            plan = self._plan(request)  # 2 to 4
+            plan = self._first_plan(request)  # 2 to 4
             record = self._audit.open(request, plan, started_at)
             try:
                 async with aclosing(self._run(request, plan, record)) as deltas:  # 5 run
@@ -52,8 +53,34 @@ class Pipeline:
             except RouterError:
                 record.outcome = "failed"
                 raise
+            except asyncio.CancelledError as ended:
+                record.outcome = ended.args[0] if ended.args else record.outcome
+                raise
             finally:
                 self._audit.close(record)  # 7 audit
+
+    def check(self, n: int) -> None:
+        """Raise what `serve` would raise for `n` requests now, where a status can be sent."""
+        self._admission.check(n)
+        if not self._fleet.up(Role.DECODE):
+            raise NoReplicaError(len(self._fleet.up(Role.PREFILL)), 0)
+
+    @contextmanager
+    def _admit(self, request: Request) -> Iterator[None]:
+        try:
+            self._admission.check()
+        except RouterError as error:
+            self._audit.refuse(request, error)
+            raise
+        with self._admission.admit():
+            yield
+
+    def _first_plan(self, request: Request) -> Plan:
+        try:
+            return self._plan(request)
+        except RouterError as error:
+            self._audit.refuse(request, error)
+            raise
 
     def _plan(self, request: Request, avoid: Collection[str] = ()) -> Plan:
         """2 name its blocks, 3 take a snapshot, 4 choose the cheapest plan."""

@@ -6,10 +6,11 @@ as it finished, when a client left between the two steps, when D is gone.
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
-from kv.plan import Plan
+from kv.plan import Plan, Source
 from router.audit import Record
 from router.fleet import Fleet
 from router.member import Member
@@ -26,6 +27,12 @@ class Attempt:
     plan: Plan
     engine_id: str
     in_prefill: bool = False
+
+    @property
+    def computes_tokens(self) -> int:
+        """Prompt tokens that the plan has computed, on whichever replica."""
+        spans = (span for span in self.plan.spans if span.source is Source.COMPUTE)
+        return sum(span.end_token - span.start_token for span in spans)
 
     @property
     def replica(self) -> str:
@@ -47,7 +54,8 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
     unread = handoff
     try:
         decode = _member(fleet, attempt.plan.decode)
-        async with decode.run(_submit(attempt, Role.DECODE, handoff)) as deltas:
+        computes = attempt.computes_tokens if handoff is None else 0
+        async with decode.run(_submit(attempt, Role.DECODE, handoff), computes) as deltas:
             async for delta in deltas:
                 unread = None
                 record.decode_sources = delta.sources or record.decode_sources
@@ -62,7 +70,8 @@ async def _prefill(fleet: Fleet, attempt: Attempt, name: str, record: Record) ->
     """P's handoff for D to take."""
     prefill = _member(fleet, name)
     submit = _submit(attempt, Role.PREFILL, None)
-    async with prefill.run(submit, unread=lambda h: _release(fleet, attempt, h)) as deltas:
+    unread = partial(_release, fleet, attempt)
+    async with prefill.run(submit, attempt.computes_tokens, unread) as deltas:
         async for delta in deltas:
             record.prefill_sources = delta.sources or record.prefill_sources
             if delta.handoff is not None:

@@ -10,13 +10,14 @@ from kv.curve import LinkCurve, PrefillCurve
 class ReplicaView:
     """One routable replica.
 
-    `queued_tokens` are prompt tokens that it has still to compute for others; `hit_tokens` is
-    how much of this request's prompt its paged KV holds.
+    `queued_tokens` are prompt tokens of `queued_prefills` other requests that it has still to
+    compute; `hit_tokens` is how much of this request's prompt its paged KV holds.
     """
 
     name: str
     curve: PrefillCurve
     step_s: float
+    queued_prefills: int
     queued_tokens: int
     waiting: int
     running: int

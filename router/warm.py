@@ -8,6 +8,7 @@ is routable, and those give the first link curve.
 import asyncio
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -22,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 60.0
 _RETRY_S = 1.0
-# Blocks of the prompts moved: the first meets the peer, the others are timed.
-_WARM_BLOCKS = (1, 2, 8)
+# Blocks of the prompts moved: the first meets the peer, the others are timed, the best of each.
+_MEET_BLOCKS, _TIMED_BLOCKS = 1, (2, 8, 2, 8)
 # Token ids that every vocabulary of a text model has.
 _VOCABULARY = 1000
 
@@ -31,11 +32,12 @@ _VOCABULARY = 1000
 class Pairs:
     """The warmed (prefill, decode) pairs. `body` is an engine request for one greedy token."""
 
-    def __init__(self, body: bytes) -> None:
-        self._body = body
+    def __init__(self, body: bytes, rng: random.Random) -> None:
+        self._body, self._random = body, rng
+        # One introduction at a time for a replica: two would time each other.
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._links: dict[tuple[str, str], LinkCurve] = {}
         self._warming: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._random = random.Random()
 
     @property
     def links(self) -> Mapping[tuple[str, str], LinkCurve]:
@@ -65,14 +67,24 @@ class Pairs:
     async def _introduce(self, prefill: Member, decode: Member) -> None:
         try:
             async with asyncio.timeout(_TIMEOUT_S):
-                samples = [await self._move(prefill, decode, blocks) for blocks in _WARM_BLOCKS]
-                curve = fit_link(samples[1:])
+                async with self._locks[prefill.name], self._locks[decode.name]:
+                    curve = await self._measure(prefill, decode)
         except (WorkerError, KVError, TimeoutError) as error:
             logger.warning("%s and %s not warmed: %s", prefill.name, decode.name, error)
             await asyncio.sleep(_RETRY_S)
             return
         if prefill.up and decode.up:
             self._links = {**self._links, (prefill.name, decode.name): curve}
+
+    async def _measure(self, prefill: Member, decode: Member) -> LinkCurve:
+        """What the link costs at its best: what stands in its way is priced as a queue."""
+        await self._move(prefill, decode, _MEET_BLOCKS)
+        best: dict[int, TransferSample] = {}
+        for blocks in _TIMED_BLOCKS:
+            sample = await self._move(prefill, decode, blocks)
+            known = best.get(sample.n_bytes, sample)
+            best[sample.n_bytes] = min(sample, known, key=lambda each: each.seconds)
+        return fit_link(list(best.values()))
 
     async def _move(self, prefill: Member, decode: Member, blocks: int) -> TransferSample:
         """Seconds from a handoff in hand to D's first token, when `blocks` are moved."""
@@ -84,13 +96,14 @@ class Pairs:
             decode.release(f"{name}.release", handoff)
 
         ask = Submit(name, Role.PREFILL, tokens, self._body)
-        async with prefill.run(ask, unread=release) as deltas:
+        async with prefill.run(ask, n_tokens, unread=release) as deltas:
             handoff = [delta async for delta in deltas][-1].handoff
         if handoff is None:
             raise ReplicaLostError(prefill.name, f"{name} ended without a handoff")
         began = asyncio.get_running_loop().time()
         try:
-            async with decode.run(Submit(name, Role.DECODE, tokens, self._body, handoff)) as deltas:
+            take = Submit(name, Role.DECODE, tokens, self._body, handoff)
+            async with decode.run(take, 0) as deltas:
                 async for _ in deltas:
                     break
         except WorkerError:

@@ -6,9 +6,11 @@ does not renew is void: readers see `beat` stand still, so clocks need not agree
 """
 
 import asyncio
+import contextlib
 import logging
 
 import msgspec
+from ray.exceptions import RayError
 from ray.experimental import internal_kv
 
 from workers.messages import (
@@ -24,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 async def keep_announced(cluster: str, replica: Replica) -> None:
     """Renew a replica's record until cancelled, then withdraw it."""
-    key = directory_prefix(cluster) + replica.name
+    # By epoch: two engines may carry one name while one of them is stopping.
+    key = directory_prefix(cluster) + replica.epoch
     beat = 0
     try:
         while True:
@@ -33,9 +36,10 @@ async def keep_announced(cluster: str, replica: Replica) -> None:
                 await asyncio.to_thread(
                     internal_kv._internal_kv_put, key, record, True, namespace=DIRECTORY_NAMESPACE
                 )
-            except RuntimeError as error:  # GCS restarts: the next renewal finds it
+            except (RuntimeError, RayError) as error:  # GCS restarts: the next renewal finds it
                 logger.warning("%s not announced: %s", replica.name, error)
             beat += 1
             await asyncio.sleep(RENEW_S)
     finally:
-        internal_kv._internal_kv_del(key, namespace=DIRECTORY_NAMESPACE)
+        with contextlib.suppress(RuntimeError, RayError):
+            internal_kv._internal_kv_del(key, namespace=DIRECTORY_NAMESPACE)

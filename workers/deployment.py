@@ -43,7 +43,10 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Serve's graceful stop: what runs here may finish."""
-        await self._process.drain()
+        if not hasattr(self, "_tasks"):  # the constructor failed
+            return
+        if not any(task.done() for task in self._tasks):
+            await self._process.drain()
         for task in self._tasks:
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -26,7 +26,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from workers import work
 from workers.messages import Delta, Load, Totals
@@ -38,6 +38,7 @@ logger = init_logger(__name__)
 # on that request's path), longer while only finished prefills wait to be read.
 _WAITING_PAUSE_S = 0.001
 _LEASED_PAUSE_S = 0.005
+_RECEIVING = (RequestStatus.WAITING_FOR_REMOTE_KVS,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Engine:
         self._totals = _Counters()
         self._prompt_tokens: dict[str, int] = {}
         self.failure: BaseException | None = None
+        self._stepped_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     @property
@@ -104,21 +106,16 @@ class Engine:
         """Give `receiver` every catalogue key held, in order with the change reports."""
         self._orders.put(lambda: self._give_snapshot(receiver))
 
+    def stalled_s(self) -> float:
+        """Seconds since the loop last came round while it has work; 0 when it has none."""
+        busy = self._scheduler.has_requests() or not self._orders.empty()
+        return time.monotonic() - self._stepped_at if busy else 0.0
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the loop and free what the engine owns; safe to call twice."""
         if self._thread.is_alive():
             self._orders.put(None)
             self._thread.join(timeout_s)
-
-    def check_integrity(self) -> None:
-        """Raise if an idle engine still holds pages for requests.
-
-        Called when idle and after tests: every page is free or only cached.
-        """
-        pool = self._scheduler.kv_cache_manager.block_pool
-        held = sum(block.ref_cnt > 0 and not block.is_null for block in pool.blocks)
-        if held and not self._scheduler.requests:
-            raise RuntimeError(f"{held} of {len(pool.blocks)} blocks held by no request")
 
     # ------------------------------------------------------------------ the engine's thread
 
@@ -135,6 +132,7 @@ class Engine:
     def _take_orders(self) -> bool:
         """Carry out what was asked; block while there is nothing to step."""
         while True:
+            self._stepped_at = time.monotonic()
             idle = not self._scheduler.has_requests() and not self._core.batch_queue
             try:
                 order = self._orders.get(block=idle)
@@ -155,12 +153,18 @@ class Engine:
             time.sleep(_WAITING_PAUSE_S if unfinished else _LEASED_PAUSE_S)
 
     def _admit(self, request: Request) -> None:
-        self._core.add_request(request)
+        try:
+            self._core.add_request(request)
+        except Exception as error:  # the order's edge: a bad request must not end the loop
+            refusal = Delta(request.request_id, [], finish_reason="error", error=str(error))
+            self._listener(StepReport([refusal], Change(), self._load()))
+            return
         self._report({})
 
     def _reset(self) -> None:
-        self._core.reset_prefix_cache()
-        self._mirror.clear()
+        # Refused while any block is held; the mirror must not forget what the cache has.
+        if self._core.reset_prefix_cache():
+            self._mirror.clear()
         self._report({})
 
     def _give_snapshot(self, receiver: Callable[[bytes], None]) -> None:
@@ -178,15 +182,12 @@ class Engine:
     def _load(self) -> Load:
         scheduler = self._scheduler
         running, waiting = scheduler.get_request_counts()
-        pending = sum(
-            max(0, request.num_prompt_tokens - request.num_computed_tokens)
-            for request in scheduler.requests.values()
-            if not request.is_finished()
-        )
+        pending = [tokens for r in scheduler.requests.values() if (tokens := _to_compute(r))]
         return Load(
             waiting=waiting,
             running=running,
-            pending_prefill_tokens=pending,
+            pending_prefills=len(pending),
+            pending_prefill_tokens=sum(pending),
             leased=len(scheduler.requests) - running - waiting,
             kv_usage=scheduler.kv_cache_manager.usage,
             totals=self._totals.frozen(),
@@ -204,7 +205,7 @@ class _MirrorEvents(EventPublisher):
         for event in events.events:
             if isinstance(event, BlockStored):
                 self._store(event)
-            elif isinstance(event, BlockRemoved):
+            elif isinstance(event, BlockRemoved) and event.group_idx in (None, 0):
                 self.mirror.remove(_raw(name) for name in event.block_hashes)
             elif isinstance(event, AllBlocksCleared):
                 self.mirror.clear()
@@ -213,6 +214,10 @@ class _MirrorEvents(EventPublisher):
         self.mirror.clear()
 
     def _store(self, event: BlockStored) -> None:
+        # Groups beside the first, and windows that skip blocks, have no chain to be named by.
+        whole = len(event.block_hashes) * event.block_size == len(event.token_ids)
+        if event.group_idx not in (None, 0) or not whole:
+            return
         extra = event.extra_keys[0] if event.extra_keys else None
         if event.lora_name is not None or (extra is not None and len(extra) > 1):
             return  # adapters and images: no catalogue key says what they are
@@ -258,6 +263,15 @@ class _Counters:
     def frozen(self) -> Totals:
         kinds = Totals.__annotations__
         return Totals(**{k: kinds[k](v) for k, v in self._counts.items()})
+
+
+def _to_compute(request: Request) -> int:
+    """Prompt tokens that this engine has still to compute; a handoff brings them instead."""
+    params = request.kv_transfer_params or {}
+    if request.is_finished() or params.get("do_remote_prefill") or request.status in _RECEIVING:
+        return 0
+    left: int = request.num_prompt_tokens - request.num_computed_tokens
+    return max(0, left)
 
 
 def _raw(name: Any) -> bytes:

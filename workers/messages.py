@@ -166,20 +166,29 @@ class Totals(msgspec.Struct, frozen=True):
     failed_transfers: int = 0
     expired_leases: int = 0
 
+    def plus(self, other: "Totals") -> "Totals":
+        """Both, added up."""
+        names = self.__struct_fields__
+        return Totals(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """How busy a replica is; sent when it changes and at least once a second.
 
-    `leased` counts finished prefills whose blocks wait for a decode replica to read them.
+    `pending_prefills` requests have `pending_prefill_tokens` prompt tokens still to compute.
+    `leased` counts finished prefills whose blocks wait for a decode replica to read them. A
+    `draining` replica finishes what it has and gets nothing new.
     """
 
     waiting: int = 0
     running: int = 0
+    pending_prefills: int = 0
     pending_prefill_tokens: int = 0
     leased: int = 0
     kv_usage: float = 0.0
     totals: Totals = Totals()
     lanes: tuple[str, ...] = ()
+    draining: bool = False
 
 
 class Blocks(msgspec.Struct, frozen=True, tag="blocks"):

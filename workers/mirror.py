@@ -8,7 +8,7 @@ leave the process, and keeps the whole set for whoever needs a snapshot.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kv.block import KEY_BYTES, chain, pack_tokens, root_key
+from kv.block import chain, pack_tokens, root_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Mirror:
         return change
 
     def snapshot(self) -> bytes:
-        """Every key held, concatenated; `KEY_BYTES` each."""
+        """Every key held, concatenated; see `kv.block.split_keys`."""
         return b"".join(self._keys.values())
 
 
@@ -86,8 +86,3 @@ def _cancel_or_note(key: bytes, opposite: dict[bytes, None], noted: dict[bytes, 
         del opposite[key]
     else:
         noted[key] = None
-
-
-def split_keys(keys: bytes) -> list[bytes]:
-    """Concatenated catalogue keys, apart again."""
-    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]

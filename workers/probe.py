@@ -1,7 +1,7 @@
 """What an engine's prefill and decode cost, timed once before it serves.
 
 Probes run on the engine itself, with random tokens, and their blocks are dropped afterwards.
-They give the router its first curve; served requests refine it later.
+They give the router its prefill curve.
 """
 
 import random

@@ -111,10 +111,13 @@ class ReplicaProcess:
             raise EngineDeadError(self.name, f"{type(failure).__name__}: {failure}")
 
     async def drain(self) -> None:
-        """Wait until no ingress has a request here any more, `drain_s` at most."""
+        """Wait until no ingress has a request here any more, `drain_s` at most; a replica whose
+        engine has ended has nothing to wait for."""
+        if self._engine.failure is not None:
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_s):
-                await self._server.quiet()
+                await self._server.drain()
 
     def stop(self) -> None:
         """Stop the engine and remove what it left on disk; safe to call twice."""

@@ -15,7 +15,7 @@ import zmq
 import zmq.asyncio
 
 from workers import messages as wire
-from workers.errors import WireError
+from workers.errors import EngineDeadError, WireError
 
 if TYPE_CHECKING:
     from workers.engine import Engine, StepReport
@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 SILENCE_S = 10.0
 _BEAT_S = 0.25
 _LOAD_EVERY_S = 1.0
+# A step of a large model may take seconds; a loop that stands for longer hangs.
+_STALL_S = 30.0
+# How long the handoff of an aborted prefill may still come.
+_LATE_S = 5.0
 # Messages queued for an ingress that does not read, before it is taken for lost.
 _BACKLOG = 100_000
 
@@ -57,6 +61,8 @@ class ReplicaServer:
         self._load = wire.Load()
         self._load_sent = (self._load, 0.0)
         self._lanes: tuple[str, ...] = ()
+        self._aborted: dict[str, tuple[bytes, float]] = {}
+        self._draining = False
         self._quiet = asyncio.Event()
         self._quiet.set()
 
@@ -79,8 +85,11 @@ class ReplicaServer:
         """The transports that UCX chose, as far as known."""
         self._lanes = lanes
 
-    async def quiet(self) -> None:
-        """Wait until no ingress waits for tokens and no finished prefill to be read."""
+    async def drain(self) -> None:
+        """Ask for no more work, and wait until no ingress waits for tokens and no finished
+        prefill to be read."""
+        self._draining = True
+        await asyncio.sleep(2 * _BEAT_S)  # until ingresses know, and what was on its way is here
         await self._quiet.wait()
 
     def _note_quiet(self) -> None:
@@ -93,9 +102,9 @@ class ReplicaServer:
 
     async def _receive(self) -> None:
         while True:
-            identity, frame = await self._socket.recv_multipart()
+            identity, *frames = await self._socket.recv_multipart()
             try:
-                self._handle(identity, wire.decode_request(frame, identity.hex()))
+                self._handle(identity, wire.decode_request(b"".join(frames), identity.hex()))
             except WireError as error:
                 logger.warning("message dropped: %s", error)
 
@@ -121,7 +130,7 @@ class ReplicaServer:
             return
         self._peers[identity] = _Peer(ingress, time.monotonic())
         self._send(identity, wire.Welcome(self._replica))
-        self._send(identity, self._load)
+        self._send(identity, self._current_load())
         self._snapshot(identity)
 
     def _snapshot(self, identity: bytes) -> None:
@@ -156,7 +165,11 @@ class ReplicaServer:
         self._note_quiet()
 
     def _abort(self, request_ids: list[str]) -> None:
+        deadline = time.monotonic() + _LATE_S
         for request_id in request_ids:
+            identity = self._owner.get(request_id)
+            if identity is not None:
+                self._aborted[request_id] = (identity, deadline)
             self._settle(request_id)
         self._engine.abort(request_ids)
 
@@ -174,7 +187,7 @@ class ReplicaServer:
         self._load = report.load
         by_peer: dict[bytes, list[wire.Delta]] = {}
         for delta in report.deltas:
-            identity = self._owner.get(delta.request_id)
+            identity = self._owner.get(delta.request_id) or self._late(delta)
             if identity is not None:
                 by_peer.setdefault(identity, []).append(delta)
             if delta.finish_reason is not None:
@@ -185,6 +198,13 @@ class ReplicaServer:
         if report.change:
             self._tell_blocks(report.change.stored, report.change.removed)
 
+    def _late(self, delta: wire.Delta) -> bytes | None:
+        """Whom to give the handoff of a prefill that had finished when its abort came: its
+        ingress releases the blocks, which nobody would read."""
+        if delta.handoff is None:
+            return None
+        return self._aborted.pop(delta.request_id, (None, 0.0))[0]
+
     def _tell_blocks(self, stored: bytes, removed: bytes) -> None:
         for identity, peer in list(self._peers.items()):
             if peer.following:
@@ -194,16 +214,24 @@ class ReplicaServer:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(_BEAT_S)
-            self._drop_silent(time.monotonic())
-            self._send_load(time.monotonic())
+            if self._engine.failure is not None:
+                raise EngineDeadError(self._replica.name, repr(self._engine.failure))
+            now = time.monotonic()
+            self._drop_silent(now)
+            self._aborted = {k: v for k, v in self._aborted.items() if v[1] > now}
+            if self._engine.stalled_s() < _STALL_S:  # else fall silent: others must take over
+                self._send_load(now)
 
     def _send_load(self, now: float) -> None:
-        load = msgspec.structs.replace(self._load, lanes=self._lanes)
+        load = self._current_load()
         last, sent_at = self._load_sent
         if load != last or now - sent_at >= _LOAD_EVERY_S:
             self._load_sent = (load, now)
             for identity in list(self._peers):
                 self._send(identity, load)
+
+    def _current_load(self) -> wire.Load:
+        return msgspec.structs.replace(self._load, lanes=self._lanes, draining=self._draining)
 
     def _send(self, identity: bytes, message: wire.Reply) -> None:
         try:

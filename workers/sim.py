@@ -13,9 +13,9 @@ from xxhash import xxh3_64_intdigest
 
 from kv.curve import LinkCurve, PrefillCurve
 from workers import messages as wire
-from workers.messages import Delta, Load, Replica, Role
+from workers.messages import Delta, Handoff, Load, Replica, Role
 from workers.sim_link import SimLink
-from workers.sim_steps import Handoff, Run, Steps, sim_token
+from workers.sim_steps import Run, Steps, sim_token
 
 # As the real server's.
 SILENCE_S = 10.0
@@ -51,7 +51,7 @@ def sim_answer(tokens: bytes, n_tokens: int) -> list[int]:
 def sim_replica(name: str, role: Role, costs: SimCosts, **shape: Any) -> Replica:
     """How a simulated engine announces itself; `shape` replaces fields of `Replica`."""
     fields: dict[str, Any] = {
-        "epoch": "1",
+        "epoch": f"{name}/1",
         "address": f"sim://{name}",
         "node": "sim",
         "pid": 0,

@@ -7,15 +7,12 @@ stream of the engine gets one token a step, so a prefill stalls the streams that
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
 from kv.block import TOKEN_BYTES, chain, root_key
-from workers.messages import Delta, Load, Replica, Role, Sources, Submit, Totals
+from workers.messages import Delta, Handoff, Load, Replica, Role, Sources, Submit, Totals
 from workers.sim_pages import Grant, Pages
-
-Handoff = dict[str, Any]
 
 
 @dataclass(slots=True, eq=False)
@@ -154,6 +151,7 @@ class Steps:
         return Load(
             waiting=len(self.runs) - started,
             running=started,
+            pending_prefills=sum(run.pending_tokens > 0 for run in self.runs.values()),
             pending_prefill_tokens=sum(run.pending_tokens for run in self.runs.values()),
             leased=len(self.leases),
             kv_usage=self.pages.held / self.pages.total,

@@ -96,8 +96,12 @@ def _usable(prompt_tokens: int, replica: ReplicaView) -> int:
 
 def _queue_s(replica: ReplicaView) -> float:
     """Until the replica has computed what it was given before."""
-    queued_s = replica.curve.seconds(replica.queued_tokens, 0) if replica.queued_tokens else 0.0
-    return queued_s + replica.waiting * replica.step_s
+    waiting_s = replica.waiting * replica.step_s
+    if not replica.queued_tokens:
+        return waiting_s
+    # Each prompt is a prefill of its own: one of their sum would cost its square.
+    prefills = max(1, replica.queued_prefills)
+    return waiting_s + prefills * replica.curve.seconds(replica.queued_tokens // prefills, 0)
 
 
 def _crowding_s(decode: ReplicaView) -> float:

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from kv.block import TOKEN_BYTES
+from kv.block import TOKEN_BYTES, split_keys
 from workers.messages import (
     Abort,
     Blocks,
@@ -24,7 +24,6 @@ from workers.messages import (
     Submit,
     Welcome,
 )
-from workers.mirror import split_keys
 
 Connect = Callable[[Inbox], Link]
 

@@ -358,7 +358,8 @@ async def test_without_decode_replicas_a_request_is_refused() -> None:
     """No replica is an error that says how many there are, and holds no place."""
     async with world(prefill=0, decode=1) as here:
         here.directory.announced.clear()
-        await asyncio.sleep(2.0)
+        here.engine("decode-0").crash()
+        await asyncio.sleep(6.0)
         with pytest.raises(NoReplicaError, match="0 decode and 0 prefill"):
             await here.ask(request("r", range(40), 5))
         assert here.admission.held == 0

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
-from kv.block import pack_tokens
+from kv.block import pack_tokens, split_keys
 from router.admission import Admission
 from router.audit import Audit, Record
 from router.context import RequestContext
@@ -14,7 +14,6 @@ from router.fleet import Fleet
 from router.pipeline import Pipeline
 from router.request import Request
 from workers.messages import Replica, Role
-from workers.mirror import split_keys
 from workers.sim import SimCluster, SimCosts, SimEngine, sim_answer, sim_body, sim_replica
 
 COSTS = SimCosts()
@@ -39,6 +38,8 @@ class SimDirectory:
 class SilentObserver:
     """Counts nothing."""
 
+    def refused(self, service_class: str, why: str) -> None: ...
+
     def planned(self, record: Record, decision_s: float) -> None: ...
 
     def token(self, record: Record, gap_s: float) -> None: ...
@@ -60,7 +61,7 @@ class World:
 
     def start(self, name: str, role: Role, epoch: str = "1", **shape: object) -> SimEngine:
         """A replica, running and announced; one of the same name is replaced."""
-        replica = sim_replica(name, role, self.costs, epoch=epoch, **shape)
+        replica = sim_replica(name, role, self.costs, epoch=f"{name}/{epoch}", **shape)
         self.directory.announced[name] = replica
         return self.cluster.start(replica, self.costs)
 
@@ -69,11 +70,18 @@ class World:
 
     async def warmed(self) -> None:
         """Returns when every pair is routable."""
-        roles = [r.role for r in self.directory.announced.values()]
-        pairs = roles.count(Role.PREFILL) * roles.count(Role.DECODE)
-        while len(self.fleet.pairs.links) < pairs or not self.fleet.ready():  # noqa: ASYNC110
-            await asyncio.sleep(0.25)
         await self.quiet()
+        while not self._introduced():
+            await self.quiet()
+        await self.quiet()  # the last introduction may have ended just now
+
+    def _introduced(self) -> bool:
+        announced = list(self.directory.announced.values())
+        roles = [replica.role for replica in announced]
+        pairs = roles.count(Role.PREFILL) * roles.count(Role.DECODE)
+        up = {m.replica.epoch for m in self.fleet.members() if m.up and not m.requests}
+        met = len(self.fleet.pairs.links) >= pairs and self.fleet.ready()
+        return met and {replica.epoch for replica in announced} <= up
 
     async def quiet(self) -> None:
         """Returns when no engine has work, and reports and replies have arrived."""
@@ -98,7 +106,7 @@ class World:
         assert self.admission.held == 0
         for member in self.fleet.members():
             assert member.requests == 0
-            assert member.queued_tokens == 0
+            assert member.queued_tokens == 0, member.load
             engine = self.cluster.engines[member.name]
             engine.check_integrity()
             assert idle(engine), engine.load()
@@ -131,6 +139,7 @@ async def world(
             lambda replica, member: cluster.engines[replica.name].connect(member),
             sim_body(1),
             now,
+            random.Random(0),
             expects_prefill=prefill > 0,
         )
         admission, audit = Admission(limit), Audit(now, SilentObserver(), kept=100_000)

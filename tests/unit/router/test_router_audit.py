@@ -39,6 +39,9 @@ class NotingObserver:
 
     calls: list[tuple[str, float]] = field(default_factory=list)
 
+    def refused(self, service_class: str, why: str) -> None:
+        self.calls.append((f"refused {why}", 0.0))
+
     def planned(self, record: Record, decision_s: float) -> None:
         self.calls.append((f"planned {record.plan.reason}", decision_s))
 

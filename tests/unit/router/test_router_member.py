@@ -67,7 +67,9 @@ class Seat:
 
         async def client() -> list[Delta]:
             seen = []
-            async with self.member.run(submit, unread=self.unread.append) as deltas:
+            async with self.member.run(
+                submit, len(submit.tokens) // 4, self.unread.append
+            ) as deltas:
                 async for delta in deltas:
                     seen.append(delta)
                     if len(seen) == leave_after:

@@ -15,7 +15,7 @@ from router.snapshot import ReplicaView, Snapshot
 CURVE = PrefillCurve(0.02, 0.0005, 1e-8)
 LINK = LinkCurve(0.05, 1e-9)
 TOKEN_BYTES = 100_000
-IDLE = ReplicaView("", CURVE, 0.02, 0, 0, 0, 32, 0)
+IDLE = ReplicaView("", CURVE, 0.02, 0, 0, 0, 0, 32, 0)
 
 
 def views(role: str, changes: list[dict[str, object]]) -> tuple[ReplicaView, ...]:

@@ -46,6 +46,8 @@ class NotingEngine:
     added: list[Any] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     forgot: int = 0
+    failure: BaseException | None = None
+    stalled: float = 0.0
 
     def add(self, request: Any) -> None:
         if request == b"bad":
@@ -54,6 +56,9 @@ class NotingEngine:
 
     def abort(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
+
+    def stalled_s(self) -> float:
+        return self.stalled
 
     def forget(self) -> None:
         self.forgot += 1
@@ -109,6 +114,8 @@ async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
 
 
 async def stop(serving: "asyncio.Task[None]") -> None:
+    if serving.done():  # the test has looked at how it ended
+        return
     serving.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await serving
@@ -235,3 +242,51 @@ async def test_stopping_frees_the_port(pair: Pair) -> None:
             return probe.connect_ex((host, int(port))) != 0
 
     await until(bindable)
+
+
+async def test_a_dead_engine_ends_its_server(pair: Pair) -> None:
+    """Once the step loop has ended the channel ends too: an ingress must hear silence, not a
+    load report that looks idle."""
+    pair.engine.failure = RuntimeError("out of memory")
+    with pytest.raises(ExceptionGroup) as ended:
+        await asyncio.wait_for(asyncio.shield(pair.serving), 5)
+    assert "out of memory" in str(ended.value.exceptions[0])
+
+
+async def test_an_engine_that_stands_still_falls_silent(pair: Pair) -> None:
+    """A loop that hangs with work stops the load reports, so that others take over."""
+    pair.engine.stalled = 1000.0
+    await asyncio.sleep(0.6)
+    told = len(pair.inbox.of(Load))
+    pair.server.report(report([], running=3))
+    await asyncio.sleep(1.4)
+    assert len(pair.inbox.of(Load)) == told
+
+
+async def test_a_handoff_that_crossed_its_abort_is_delivered(pair: Pair) -> None:
+    """A prefill that had finished when its abort came still tells its handoff, once, so that
+    its blocks can be released; other late deltas are dropped."""
+    pair.link.send(SUBMIT)
+    pair.link.send(Abort(["r1"]))
+    await until(lambda: pair.engine.aborted)
+    pair.server.report(report([Delta("r1", [5])]))
+    late = Delta("r1", [7], "length", handoff={"remote_request_id": "r1"})
+    pair.server.report(report([late]))
+    pair.server.report(report([late]))
+    await until(lambda: pair.inbox.of(Step))
+    await asyncio.sleep(0.1)
+    assert pair.inbox.of(Step) == [Step([late])]
+
+
+async def test_a_message_of_many_frames_is_dropped(pair: Pair) -> None:
+    """Frames that are no message of ours end nothing."""
+    pair.link._socket.send_multipart([b"a", b"b", b"c"])
+    pair.link.send(Reset())
+    await until(lambda: pair.engine.forgot)
+    assert not pair.serving.done()
+
+
+async def test_draining_is_told(pair: Pair) -> None:
+    """A replica that drains says so, and has drained once nothing runs."""
+    await asyncio.wait_for(pair.server.drain(), 5)
+    await until(lambda: pair.inbox.of(Load)[-1].draining)

@@ -70,7 +70,16 @@ REPLIES = {
     Welcome: st.builds(Welcome, replicas),
     Step: st.builds(Step, st.lists(deltas, max_size=3)),
     Load: st.builds(
-        Load, counts, counts, counts, counts, seconds, totals, st.lists(text).map(tuple)
+        Load,
+        counts,
+        counts,
+        counts,
+        counts,
+        counts,
+        seconds,
+        totals,
+        st.lists(text).map(tuple),
+        st.booleans(),
     ),
     Blocks: st.builds(Blocks, counts, binary, binary, st.booleans()),
 }

@@ -4,8 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kv.block import chain, pack_tokens, root_key
-from workers.mirror import Mirror, split_keys
+from kv.block import chain, pack_tokens, root_key, split_keys
+from workers.mirror import Mirror
 
 BLOCK_TOKENS = 2
 SALTS = (None, "a")

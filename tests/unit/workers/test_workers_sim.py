@@ -8,9 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from kv.block import pack_tokens
+from kv.block import pack_tokens, split_keys
 from workers.messages import Delta, Reply, Role, Step, Submit
-from workers.mirror import split_keys
 from workers.sim import SimCluster, SimCosts, SimEngine, sim_answer, sim_body, sim_replica
 from workers.sim_pages import Grant, Pages
 
