@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ from cluster import local_ray, state
 
 # A graceful stop drains requests first; past this it is ended the hard way.
 _GRACE_S = 60.0
+_LOOK_S = 0.1
 
 
 def down(as_json: bool) -> int:
@@ -29,8 +31,17 @@ def down(as_json: bool) -> int:
 def _ask(supervisor: psutil.Process) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         supervisor.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs([supervisor], timeout=_GRACE_S)
-        local_ray.end(alive)
+        deadline = time.monotonic() + _GRACE_S
+        while _runs(supervisor):
+            if time.monotonic() > deadline:
+                local_ray.end([supervisor])
+                return
+            time.sleep(_LOOK_S)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """A process that ended and that its parent has not asked about yet has ended."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def _tell(as_json: bool, what: str, ended: int) -> int:

@@ -31,6 +31,8 @@ from router.pipeline import Pipeline
 from router.request import Request
 from workers.messages import Delta
 
+# Sampling parameters that look back at generated tokens in ways of their own.
+_UNCARRIED = ("bad_words", "thinking_token_budget", "repetition_detection")
 _FINISH = {str(reason): reason for reason in FinishReason}
 
 
@@ -192,7 +194,18 @@ def _request(request: EngineCoreRequest) -> Request:
         context=asked.context,
         local_only=params is not None and params.prompt_logprobs is not None,
         notes=asked.notes,
+        uncarried=_uncarried(request),
     )
+
+
+def _uncarried(request: EngineCoreRequest) -> str | None:
+    """What of a request could not go on on another engine in mid-answer."""
+    params = request.sampling_params
+    if params is None:
+        return None
+    if params.structured_outputs is not None and request.reasoning_ended is False:
+        return "a grammar that waits for the end of reasoning"
+    return next((name for name in _UNCARRIED if getattr(params, name)), None)
 
 
 def _output(delta: Delta) -> EngineCoreOutput:

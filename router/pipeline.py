@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import aclosing, contextmanager
 
-from kv.block import TOKEN_BYTES, chain, root_key
+from kv.block import TOKEN_BYTES, chain, pack_tokens, root_key
 from kv.plan import Plan, Reason
 from router.admission import Admission
 from router.audit import Audit, Record
@@ -85,7 +85,7 @@ class Pipeline:
     def _plan(self, request: Request, avoid: Collection[str] = ()) -> Plan:
         """2 name its blocks, 3 take a snapshot, 4 choose the cheapest plan."""
         # Without its last token, which engines always compute, and with it all of its block.
-        reusable = request.tokens[:-TOKEN_BYTES]
+        reusable = request.known[:-TOKEN_BYTES]
         keys = chain(root_key(request.salt), reusable, self._fleet.block_tokens())
         snapshot = self._fleet.snapshot(keys).without(avoid)
         plan = choose(
@@ -102,28 +102,37 @@ class Pipeline:
     async def _run(
         self, request: Request, plan: Plan, record: Record
     ) -> AsyncGenerator[Delta, None]:
-        """Carry the plan out; when a replica fails before the first token, plan again."""
+        """Carry the plan out; when a replica fails, go on elsewhere with what it has not given."""
         failed: set[str] = set()
         for number in range(MAX_PLANS):
             attempt = Attempt(request, plan, f"{request.request_id}.{number}")
-            streamed = False
+            answered = bytearray(request.answered)
             try:
                 async with aclosing(run(self._fleet, attempt, record)) as deltas:
                     async for delta in deltas:
-                        streamed = streamed or bool(delta.token_ids)
+                        answered += pack_tokens(delta.token_ids)
                         yield delta
                 return
             except WorkerError as error:
-                if streamed:
-                    raise RequestLostError(request.request_id, str(error)) from error
-                if number + 1 == MAX_PLANS:
-                    complaint = f"{MAX_PLANS} plans failed, the last: {error}"
-                    raise RequestLostError(request.request_id, complaint) from error
+                request = request.behind(bytes(answered))
+                self._check_goes_on(request, number, error)
             failed.add(attempt.replica)
-            plan = self._replan(attempt, record, failed)
+            plan = self._replan(request, attempt, record, failed)
 
-    def _replan(self, attempt: Attempt, record: Record, failed: Collection[str]) -> Plan:
-        began, request = self._now(), attempt.request
+    def _check_goes_on(self, request: Request, number: int, error: WorkerError) -> None:
+        """Raise unless another plan may follow the one of this number, which `error` ended."""
+        name = request.context.request_id
+        if request.answered and request.uncarried is not None:
+            raise RequestLostError(name, f"{error}; {request.uncarried} cannot be carried on")
+        if number + 1 == MAX_PLANS:
+            raise RequestLostError(name, f"{MAX_PLANS} plans failed, the last: {error}") from error
+        if not self._fleet.up(Role.DECODE):
+            raise RequestLostError(name, f"{error}; no other replica is up") from error
+
+    def _replan(
+        self, request: Request, attempt: Attempt, record: Record, failed: Collection[str]
+    ) -> Plan:
+        began = self._now()
         reason = Reason.PREFILL_LOST if attempt.in_prefill else Reason.DECODE_LOST
         plan = self._plan(request, avoid=failed).because(reason)
         request.notes.plan = plan.header()

@@ -1,6 +1,6 @@
 """A request as the pipeline sees it: tokens, and opaque bytes for the engine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kv.block import TOKEN_BYTES
 from router.context import Notes, RequestContext
@@ -12,7 +12,9 @@ class Request:
 
     `tokens` is the prompt as packed uint32, `body` what the engine is to do with it (see
     `workers.messages.Submit`). `local_only`: every position must be computed where the answer
-    is made, because the prompt's own logprobs were asked for.
+    is made, because the prompt's own logprobs were asked for. `answered` are tokens of the
+    answer that were streamed before a replica was lost; `uncarried` names what could not go on
+    elsewhere behind them.
     """
 
     request_id: str
@@ -22,7 +24,19 @@ class Request:
     context: RequestContext
     local_only: bool = False
     notes: Notes = field(default_factory=Notes)
+    answered: bytes = b""
+    uncarried: str | None = None
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.tokens) // TOKEN_BYTES
+        """Tokens before the next one of the answer."""
+        return len(self.known) // TOKEN_BYTES
+
+    @property
+    def known(self) -> bytes:
+        """The prompt and what was answered, packed."""
+        return self.tokens + self.answered
+
+    def behind(self, answered: bytes) -> "Request":
+        """The same request, some of whose answer was given; prompt logprobs were among it."""
+        return replace(self, answered=answered, local_only=False)

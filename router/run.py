@@ -94,7 +94,7 @@ def _member(fleet: Fleet, name: str) -> Member:
 
 def _submit(attempt: Attempt, role: Role, handoff: Handoff | None) -> Submit:
     request = attempt.request
-    return Submit(attempt.engine_id, role, request.tokens, request.body, handoff)
+    return Submit(attempt.engine_id, role, request.tokens, request.body, handoff, request.answered)
 
 
 def _outward(attempt: Attempt, delta: Delta, record: Record) -> Delta:

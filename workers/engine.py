@@ -9,7 +9,7 @@ attributes used here to the pinned version.
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from workers import work
 from workers.messages import Delta, Load, Totals
@@ -84,10 +85,14 @@ class Engine:
         allocated = sum(tensor.size for tensor in config.kv_cache_tensors)
         return self._world_size * int(allocated // (config.num_blocks * page_tokens))
 
-    def add(self, request: EngineCoreRequest) -> None:
-        """Queue a request. Hashing and grammar set-up happen here, off the step loop."""
+    def add(self, request: EngineCoreRequest, answered: Sequence[int] = ()) -> None:
+        """Queue a request. Hashing and grammar set-up happen here, off the step loop.
+
+        `answered` tokens at the end of its prompt are of its answer already: a grammar goes on
+        behind them.
+        """
         prepared, _ = self._core.preprocess_add_request(request)
-        self._orders.put(lambda: self._admit(prepared))
+        self._orders.put(lambda: self._admit(prepared, answered))
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop requests and free their blocks; unknown ids are ignored.
@@ -152,8 +157,12 @@ class Engine:
             unfinished = self._scheduler.has_unfinished_requests()
             time.sleep(_WAITING_PAUSE_S if unfinished else _LEASED_PAUSE_S)
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: Request, answered: Sequence[int]) -> None:
         try:
+            if answered and not _advance_grammar(request, answered):
+                time.sleep(_WAITING_PAUSE_S)  # it compiles on a thread of vLLM's
+                self._orders.put(lambda: self._admit(request, answered))
+                return
             self._core.add_request(request)
         except Exception as error:  # the order's edge: a bad request must not end the loop
             refusal = Delta(request.request_id, [], finish_reason="error", error=str(error))
@@ -263,6 +272,21 @@ class _Counters:
     def frozen(self) -> Totals:
         kinds = Totals.__annotations__
         return Totals(**{k: kinds[k](v) for k, v in self._counts.items()})
+
+
+def _advance_grammar(request: Request, answered: Sequence[int]) -> bool:
+    """Bring a grammar behind tokens that another engine gave; False while it is compiled."""
+    structured = request.structured_output_request
+    if structured is None:
+        return True
+    if not structured.is_grammar_ready:
+        return False
+    grammar = structured.grammar
+    if not isinstance(grammar, StructuredOutputGrammar):
+        raise ValueError(f"the grammar does not compile: {grammar}")
+    if not grammar.accept_tokens(request.request_id, list(answered)):
+        raise ValueError(f"the grammar refuses {len(answered)} tokens that were given under it")
+    return True
 
 
 def _to_compute(request: Request) -> int:

@@ -13,7 +13,7 @@ import msgspec
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a replica of another version is not routable.
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 
 # vLLM's kv_transfer_params: where a finished prefill's blocks lie. Opaque to the router.
@@ -86,6 +86,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     `tokens` is the prompt as packed uint32 (see `kv.block.pack_tokens`); `body` is vLLM's
     EngineCoreRequest without it. With `role` prefill the engine computes the prompt, keeps the
     KV under a lease and answers with a handoff; with `handoff` it first takes that KV.
+    `answered` are tokens of the answer that another engine gave before it was lost, packed: the
+    engine goes on behind them (`workers.carry`).
     """
 
     request_id: str
@@ -93,6 +95,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     tokens: bytes
     body: bytes
     handoff: Handoff | None = None
+    answered: bytes = b""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

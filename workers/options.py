@@ -31,6 +31,7 @@ _OURS = frozenset(
         "enable_log_requests",
         "data_parallel_size",
         "enable_lora",
+        "logits_processors",
         "lora_modules",
     }
 )
@@ -45,6 +46,7 @@ def namespace(
         raise EngineOptionError(", ".join(taken), "set by Breakeven, not by `engine:`")
     argv = ["--model", model, "--served-model-name", *served_names, "--enable-prefix-caching"]
     argv += ["--prefix-caching-hash-algo", "sha256_cbor", "--enable-prompt-tokens-details"]
+    argv += ["--logits-processors", "workers.penalties:CarriedPenalties"]
     argv += [word for name, value in engine.items() for word in _words(name, value)]
     parser = make_arg_parser(_Parser(prog="engine"))
     parsed: argparse.Namespace = parser.parse_args(argv)

@@ -14,6 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from kv.block import unpack_tokens
 from workers import messages as wire
 from workers.errors import EngineDeadError, WireError
 
@@ -154,7 +155,8 @@ class ReplicaServer:
         if peer is None:
             return
         try:
-            self._engine.add(work.engine_request(message))
+            answered = message.answered if message.role is wire.Role.DECODE else b""
+            self._engine.add(work.engine_request(message), unpack_tokens(answered))
         except Exception as error:  # the wire's edge: one bad request must not end the replica
             logger.warning("%s refused: %s", message.request_id, type(error).__name__)
             refusal = wire.Delta(message.request_id, [], finish_reason="error", error=str(error))

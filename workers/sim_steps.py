@@ -32,7 +32,12 @@ class Run:
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.submit.tokens) // TOKEN_BYTES
+        return len(self.submit.tokens + self.submit.answered) // TOKEN_BYTES
+
+    @property
+    def answered_tokens(self) -> int:
+        """Tokens of the answer that another engine gave."""
+        return len(self.submit.answered) // TOKEN_BYTES
 
     @property
     def pending_tokens(self) -> int:
@@ -67,8 +72,10 @@ class Steps:
 
     def add(self, submit: Submit) -> bool:
         """Queue a request; False if its pages could never fit."""
-        keys = chain(root_key(None), submit.tokens, self._replica.block_tokens)
-        max_tokens = 1 if submit.role is Role.PREFILL else int(submit.body)
+        known = submit.tokens + submit.answered
+        keys = chain(root_key(None), known, self._replica.block_tokens)
+        left = int(submit.body) - len(submit.answered) // TOKEN_BYTES
+        max_tokens = 1 if submit.role is Role.PREFILL else left
         digest = xxh3_64_intdigest(submit.tokens)
         run = Run(submit, max_tokens, keys, digest, submit.handoff)
         if self._pages_of(run) > self.pages.total:
@@ -177,7 +184,10 @@ class Steps:
         return -(-(run.prompt_tokens + run.max_tokens) // self._replica.block_tokens)
 
     def _next_delta(self, run: Run, now_s: float) -> Delta:
-        request_id, token = run.submit.request_id, sim_token(run.digest, run.produced)
+        request_id, token = (
+            run.submit.request_id,
+            sim_token(run.digest, run.answered_tokens + run.produced),
+        )
         sources = None if run.produced else self._sources(run)
         run.produced += 1
         self._totals["generated_tokens"] += 1

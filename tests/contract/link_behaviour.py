@@ -210,13 +210,13 @@ async def blocks_have_no_gaps(stage: Stage) -> None:
 async def load_is_zero_when_idle(stage: Stage) -> None:
     """Requests show in the load while they run, and not afterwards."""
     _, decode = sides = await _sides(stage)
-    decode.link.send(Submit("l0", Role.DECODE, stage.prompt(7), stage.body(40)))
+    decode.link.send(Submit("l0", Role.DECODE, stage.prompt(7), stage.body(400)))
     await decode.load(lambda load: load.running == 1, "a running request")
     await decode.until(lambda: decode.heard.finished("l0"), "l0")
-    assert len(decode.heard.tokens("l0")) == 40
+    assert len(decode.heard.tokens("l0")) == 400
     await decode.load(_idle, "an idle replica")
     assert decode.heard.load.kv_usage == 0.0
-    assert decode.heard.load.totals.generated_tokens >= 40
+    assert decode.heard.load.totals.generated_tokens >= 400
     await _close(*sides)
 
 

@@ -27,14 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def replicas(model: Path, folder: Path) -> Iterator[tuple[Replica, Replica]]:
     """A prefill and a decode replica that serve."""
     env = {**os.environ, **environment(load(None, {}), model, 1), "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, f"{role}-0", role, str(model), str(folder)],
-            env=env,
-            stderr=(folder / f"{role}.log").open("w"),
-        )
-        for role in Role
-    ]
+    started = [_start(role, model, folder, env) for role in Role]
     try:
         yield (_await(folder, "prefill-0", started[0]), _await(folder, "decode-0", started[1]))
     finally:
@@ -42,6 +35,12 @@ def replicas(model: Path, folder: Path) -> Iterator[tuple[Replica, Replica]]:
             process.terminate()
         for process in started:
             process.wait(30)
+
+
+def _start(role: Role, model: Path, folder: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, __file__, f"{role}-0", role, str(model), str(folder)]
+    with (folder / f"{role}.log").open("w") as log:
+        return subprocess.Popen(command, env=env, stderr=log)
 
 
 def _await(folder: Path, name: str, process: subprocess.Popen[bytes]) -> Replica:

@@ -78,22 +78,34 @@ async def test_lost_prefill_replicas_cost_no_answer(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_a_lost_decode_replica_never_gives_a_wrong_token(seed: int) -> None:
-    """A stream that loses its replica ends in an error behind right tokens; others are right."""
+async def test_lost_decode_replicas_cost_no_answer(seed: int) -> None:
+    """Decode replicas that crash in mid-stream cost nothing: each stream goes on on another,
+    no token is lost or doubled, and nothing stays held."""
     rng = random.Random(seed)
     prompts = Prompts(rng)
     async with world() as here:
         crashing = asyncio.create_task(crash_often(here, rng, Role.DECODE, 3))
-        asked = [prompts.next(f"r{i}") for i in range(1200)]
-        outcomes = await ask_all(here, rng, asked, 40.0)
+        asked = [prompts.next(f"r{i}") for i in range(300)]
+        assert await ask_all(here, rng, asked, 40.0) == [answer(one) for one in asked]
         await crashing
-        lost = [got for got in outcomes if isinstance(got, BaseException)]
-        assert 0 < len(lost) < 100
-        assert {type(error) for error in lost} == {RequestLostError}
-        for one, got, record in zip(asked, outcomes, ordered(here, asked), strict=True):
-            assert got == answer(one) or record.generated_tokens > 0
+        reasons = [plan.reason for record in here.audit.records for plan in record.plans]
+        assert reasons.count(Reason.DECODE_LOST) > 3
         await here.warmed()
         here.check()
+
+
+async def test_what_cannot_be_carried_ends_with_an_error_that_says_so() -> None:
+    """A stream whose state cannot go on elsewhere is ended, with the reason, and not wrongly
+    continued; before its first token it is planned again like any other."""
+    async with world(prefill=0, decode=2) as here:
+        asked = request("r", range(40), 100, uncarried="bad_words")
+        asyncio.get_running_loop().call_later(0.6, _crash_busiest, here)
+        with pytest.raises(RequestLostError, match="bad_words cannot be carried on"):
+            await here.ask(asked)
+
+
+def _crash_busiest(here: World) -> None:
+    max(here.cluster.engines.values(), key=lambda engine: engine.load().running).crash()
 
 
 async def crash_often(here: World, rng: random.Random, role: Role, count: int) -> None:

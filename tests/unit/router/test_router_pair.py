@@ -217,3 +217,13 @@ def test_a_snapshot_without_a_replica_lacks_it() -> None:
         snapshot, prefill=(), decode=ds[:1]
     )
     assert snapshot.without({"decode-0", "decode-1"}).decode == ds
+
+
+def test_ten_queued_prompts_cost_ten_prefills() -> None:
+    """A queue is priced prompt by prompt: the quadratic term applies to each, not to their sum."""
+    many = plan_of(1000, [{"queued_tokens": 40_000, "queued_prefills": 10}], [{"running": 31}])
+    one = plan_of(1000, [{"queued_tokens": 4_000, "queued_prefills": 1}], [{"running": 31}])
+    idle = plan_of(1000, [{}], [{"running": 31}])
+    remote = [next(t for t in (p, *p.rivals) if t.prefill) for p in (idle, one, many)]
+    waits = [each.predicted_ttft_s - remote[0].predicted_ttft_s for each in remote]
+    assert waits[2] == pytest.approx(10 * waits[1])

@@ -49,7 +49,7 @@ class NotingEngine:
     failure: BaseException | None = None
     stalled: float = 0.0
 
-    def add(self, request: Any) -> None:
+    def add(self, request: Any, answered: list[int]) -> None:
         if request == b"bad":
             raise ValueError("no such option")
         self.added.append(request)

@@ -1,0 +1,162 @@
+"""Replicas that die under requests: the client notices a pause at most."""
+
+import concurrent.futures
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.flow.cluster_process import Cluster, running
+
+pytestmark = pytest.mark.real_model
+GENERATED = 300
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "penalties": {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.1},
+    "grammar": {"structured_outputs": {"regex": "([a-z]{3} ){400}"}, "ignore_eos": False},
+    "logprobs": {"logprobs": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def pools(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, free_port: Callable[[], int]
+) -> Iterator[Cluster]:
+    """One prefill and two decode replicas of the tiny model."""
+    words = ("--decode", "2", "--model", str(tiny_model))
+    memory = ("--engine-arg", "kv_cache_memory_bytes=134217728")
+    tmp = tmp_path_factory.mktemp("pools")
+    with running(tmp, tiny_model.parent, free_port(), *words, *memory) as cluster:
+        yield cluster
+
+
+class _Stream(threading.Thread):
+    """One streamed completion, read on a thread of its own."""
+
+    def __init__(self, cluster: Cluster, kind: str, prompt: list[int]) -> None:
+        super().__init__()
+        self.tokens: list[int] = []
+        self.error: str | None = None
+        self.finish: str | None = None
+        self._url = f"{cluster.url}/v1/completions"
+        options = {"temperature": 0, "stream": True, "ignore_eos": True, "return_token_ids": True}
+        self._body = {"model": "smollm2", "prompt": prompt, "max_tokens": GENERATED, **options}
+        self._body |= KINDS[kind]
+
+    def run(self) -> None:
+        with httpx.stream("POST", self._url, json=self._body, timeout=120) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    self._take(json.loads(line[6:]))
+
+    def _take(self, chunk: dict[str, Any]) -> None:
+        if "error" in chunk:
+            self.error = str(chunk["error"])
+            return
+        choice = chunk["choices"][0]
+        self.tokens += choice.get("token_ids") or []
+        self.finish = choice["finish_reason"] or self.finish
+
+
+def _streams(cluster: Cluster) -> list[_Stream]:
+    prompts = [list(range(100 * i + 1, 100 * i + 70)) for i in range(1, 3)]
+    started = [_Stream(cluster, kind, prompt) for kind in KINDS for prompt in prompts]
+    for stream in started:
+        stream.start()
+    return started
+
+
+def _kill_busiest(cluster: Cluster, role: str) -> int:
+    """Kill the replica of a pool that runs most; its pid."""
+    rows = [r for r in cluster.replicas().values() if r["role"] == role and r["state"] == "up"]
+    busiest = max(rows, key=lambda row: int(row["running"]))
+    os.kill(busiest["pid"], signal.SIGKILL)
+    return int(busiest["pid"])
+
+
+def _await_back(cluster: Cluster, role: str, count: int, dead: set[int]) -> None:
+    """Return once Serve has replaced what died, and every pair is warm again."""
+    deadline = time.monotonic() + 120
+    while True:
+        rows = [r for r in cluster.replicas().values() if r["role"] == role]
+        up = [r for r in rows if r["state"] == "up" and r["warmed_pairs"] and r["pid"] not in dead]
+        if len(up) >= count:
+            return
+        assert time.monotonic() < deadline, rows
+        time.sleep(0.5)
+
+
+def test_streams_survive_the_death_of_their_decode_replica(pools: Cluster) -> None:
+    """kill -9 in mid-stream: greedy streams, under penalties, a grammar and with logprobs, go on
+    on the other replica with exactly the tokens of an undisturbed run; the dead replica comes
+    back and is warmed."""
+    undisturbed = _streams(pools)
+    for stream in undisturbed:
+        stream.join(120)
+    truth = [stream.tokens for stream in undisturbed]
+    assert all(len(tokens) == GENERATED for tokens in truth)
+    for _ in range(2):
+        streams = _streams(pools)
+        while sum(len(stream.tokens) for stream in streams) < 40 * len(streams):
+            time.sleep(0.005)
+        dead = _kill_busiest(pools, "decode")
+        for stream in streams:
+            stream.join(120)
+        assert [stream.error for stream in streams] == [None] * len(streams)
+        assert [stream.tokens for stream in streams] == truth
+        _await_back(pools, "decode", 2, {dead})
+    pools.await_rest()
+    records = pools.get("/admin/decisions")["decisions"]
+    carried = [r for r in records if r["plans"] > 1 and r["generated_tokens"] == GENERATED]
+    assert carried
+    assert all("reason=decode_lost" in record["plan"] for record in carried)
+
+
+def test_requests_survive_the_death_of_the_prefill_replica(pools: Cluster) -> None:
+    """kill -9 while it computes prompts: they are computed where they are decoded."""
+
+    def ask(number: int) -> int:
+        prompt = [(number * 7919 + i * 31) % 40_000 + 100 for i in range(3000)]
+        body = {"model": "smollm2", "prompt": prompt, "max_tokens": 4}
+        return httpx.post(f"{pools.url}/v1/completions", json=body, timeout=120).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, number) for number in range(8)]
+        while not pools.replicas()["prefill-0"]["running"]:
+            time.sleep(0.01)
+        dead = _kill_busiest(pools, "prefill")
+        assert [each.result() for each in asked] == [200] * 8
+    _await_back(pools, "prefill", 1, {dead})
+    pools.await_rest()
+
+
+def test_with_every_engine_gone_the_answer_is_503(pools: Cluster) -> None:
+    """No engine: 503 with Retry-After at once, streamed or not, until one is back."""
+    dead = {row["pid"] for row in pools.replicas().values()}
+    for pid in dead:
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while any(row["state"] == "up" for row in pools.replicas().values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    for stream in (False, True):
+        began = time.monotonic()
+        body = {"model": "smollm2", "prompt": [1, 2, 3], "max_tokens": 2, "stream": stream}
+        answer = httpx.post(f"{pools.url}/v1/completions", json=body, timeout=20)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        assert time.monotonic() - began < 1.0
+    _await_back(pools, "decode", 2, dead)
+    answer = httpx.post(
+        f"{pools.url}/v1/completions",
+        json={"model": "smollm2", "prompt": [1, 2, 3], "max_tokens": 2},
+        timeout=60,
+    )
+    assert answer.status_code == 200

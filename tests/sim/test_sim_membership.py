@@ -1,0 +1,115 @@
+"""Who is routable when the directory lags, lies or fails, and when replicas stop."""
+
+import asyncio
+import random
+
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry
+
+from router.errors import NoReplicaError
+from router.metrics import FleetMetrics
+from tests.sim.world import World, answer, request, world
+from workers.messages import Role
+
+pytestmark = pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
+
+
+async def test_a_directory_that_hangs_delays_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While a read of the directory hangs, silence is still noticed within seconds."""
+    async with world() as here:
+
+        async def never() -> None:
+            await asyncio.sleep(3000)
+
+        monkeypatch.setattr(here.directory, "replicas", never)
+        await asyncio.sleep(2.0)
+        here.engine("prefill-0").crash()
+        await asyncio.sleep(6.0)
+        assert here.fleet.member("prefill-0") is None
+
+
+async def test_a_replica_that_answers_stays_though_its_record_is_gone() -> None:
+    """A directory that loses records ends no stream: the channel decides who is alive."""
+    async with world(prefill=0, decode=1) as here:
+        asked = request("r", range(40), 200)
+        asking = asyncio.create_task(here.ask(asked))
+        await asyncio.sleep(0.5)
+        here.directory.announced.clear()
+        assert await asking == answer(asked)
+
+
+async def test_two_engines_of_one_name_are_both_routable() -> None:
+    """While a stopping engine keeps its name, a new one of that name is known apart from it:
+    neither pushes the other out."""
+    async with world(prefill=0, decode=1) as here:
+        newer = msgspec.structs.replace(
+            here.directory.announced["decode-0"], epoch="feed/2", address="sim://other"
+        )
+        here.cluster.start(msgspec.structs.replace(newer, name="decode-0.feed"), here.costs)
+        here.directory.announced["another"] = newer
+        await asyncio.sleep(3.0)
+        assert [m.name for m in here.fleet.up(Role.DECODE)] == ["decode-0", "decode-0.feed"]
+        await asyncio.sleep(10.0)
+        assert [m.name for m in here.fleet.up(Role.DECODE)] == ["decode-0", "decode-0.feed"]
+
+
+async def test_a_record_that_cannot_be_priced_is_skipped() -> None:
+    """A replica that measured nothing is not routable, and the others go on."""
+    async with world() as here:
+        strange = msgspec.structs.replace(
+            here.directory.announced["prefill-0"], name="strange", epoch="x", prefill_samples=()
+        )
+        here.directory.announced["strange"] = strange
+        await asyncio.sleep(3.0)
+        assert here.fleet.member("strange") is None
+        asked = request("r", range(400), 5)
+        assert await here.ask(asked) == answer(asked)
+
+
+async def test_without_replicas_the_status_can_still_be_sent() -> None:
+    """`check`, asked before a response is begun, refuses as `serve` would."""
+    async with world(prefill=0, decode=1) as here:
+        here.pipeline.check(1)
+        here.engine("decode-0").crash()
+        await asyncio.sleep(6.0)
+        with pytest.raises(NoReplicaError):
+            here.pipeline.check(1)
+
+
+async def test_sums_of_counters_never_fall() -> None:
+    """Whatever hangs, restarts or leaves, the cluster's counters only grow."""
+    async with world() as here:
+        collector = FleetMetrics(here.fleet)
+        CollectorRegistry().register(collector)
+        seen = 0.0
+        for number in range(6):
+            asked = request(f"r{number}", range(number * 1000, number * 1000 + 400), 3)
+            assert await here.ask(asked) == answer(asked)
+            await asyncio.sleep(2.0)
+            seen = _not_less(collector, seen)
+            await _disturb(here, number)
+            seen = _not_less(collector, seen)
+        assert seen >= 6 * 400
+
+
+async def _disturb(here: World, number: int) -> None:
+    name = f"decode-{number % 2}"
+    if number % 3 == 0:
+        here.engine(name).hang()
+        await asyncio.sleep(5.0)
+        here.engine(name).resume()
+    else:
+        here.engine(name).crash()
+        await asyncio.sleep(5.0)
+        here.start(name, Role.DECODE, epoch=f"again-{number}-{random.Random(number).random()}")
+    await here.warmed()
+
+
+def _not_less(collector: FleetMetrics, before: float) -> float:
+    samples = [s for metric in collector.collect() for s in metric.samples]
+    now = sum(s.value for s in samples if s.name == "breakeven_prompt_tokens_total")
+    assert now >= before
+    return now
