@@ -90,6 +90,8 @@ def _ingress(
         max_body_bytes=section.max_body_bytes,
         assumed_streams=config.router.assumed_streams,
         drain_s=section.drain_s,
+        request_timeout_s=section.request_timeout_s,
+        keys_file=str(Path(section.keys_file).resolve()) if section.keys_file else None,
     )
     deployment = serve.deployment(
         IngressReplica,

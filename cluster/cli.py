@@ -1,6 +1,8 @@
 """The `breakeven` command."""
 
 import argparse
+import json
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ import yaml
 
 from cluster.config import load
 from cluster.errors import ClusterError, ConfigError
+from router.access import digest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add(commands, "status", _status, "what runs: replicas, load, cache, links")
     _add(commands, "doctor", _doctor, "what is wrong with this machine or cluster, and the remedy")
+    _add_key(commands)
     _add(commands, "down", _down, "end a cluster, or what a crashed one left behind")
     return parser
 
@@ -52,6 +56,12 @@ def _add_serve(commands: Any) -> None:
         help="an option of vLLM's, for every engine and the API server; may be repeated",
     )
     serve.set_defaults(run=_serve)
+
+
+def _add_key(commands: Any) -> None:
+    key = commands.add_parser("key", help="make an API key, and its line for the key file")
+    key.add_argument("tenant", nargs="?", help="whose key; without it an admin key")
+    key.set_defaults(run=_key)
 
 
 def _add(commands: Any, name: str, run: Any, about: str) -> None:
@@ -89,6 +99,16 @@ def _engine_arg(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise ConfigError(f"--engine-arg {text}", "no K=V")
     return name.replace("-", "_"), yaml.safe_load(value)
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    key = f"bk-{secrets.token_urlsafe(32)}"
+    if arguments.tenant is None:
+        line = f"admin:\n  - {digest(key)}"
+    else:
+        line = f"keys:\n  - {{sha256: {digest(key)}, tenant: {json.dumps(arguments.tenant)}}}"
+    print(f"{key}\n\nin the key file, which holds no key itself:\n{line}")
+    return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 APP = "breakeven"
 DEFAULT = ROOT / "configs" / "cpu.yaml"
 
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 # Ray waits 60 s for an application to end, and so does `down`.
 MAX_DRAIN_S = 45.0
 
@@ -47,6 +48,8 @@ class IngressSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     port: Port = 8000
     max_requests: Positive = 256
     max_body_bytes: Positive = 10_000_000
+    request_timeout_s: Seconds | None = 600.0
+    keys_file: str | None = None
     drain_s: Annotated[float, Meta(gt=0, le=MAX_DRAIN_S)] = 30.0
 
 
@@ -112,6 +115,11 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     return config
 
 
+def admin_key() -> str | None:
+    """What `status` and `doctor` show to a cluster that has keys."""
+    return os.environ.get("BREAKEVEN_ADMIN_KEY") or None
+
+
 def cache_dir() -> Path:
     """Where models and the state of running clusters are kept."""
     return Path(os.environ.get("BREAKEVEN_CACHE") or ROOT / ".cache").resolve()
@@ -120,11 +128,13 @@ def cache_dir() -> Path:
 def _check(config: Config, source: str) -> None:
     if config.decode.replicas < 1:
         raise ConfigError(source, "decode.replicas is 0, at least 1 wanted: tokens come from there")
-    for host in (config.ingress.host, config.host):
-        if host not in ("127.0.0.1", "::1", "localhost"):
-            raise ConfigError(
-                source, f"host {host} is not loopback; API keys come first, use 127.0.0.1"
-            )
+    if config.ingress.host not in LOOPBACK and config.ingress.keys_file is None:
+        complaint = f"ingress.host {config.ingress.host} is not loopback: set ingress.keys_file"
+        raise ConfigError(source, complaint)
+    if config.host not in LOOPBACK:
+        raise ConfigError(
+            source, f"host {config.host} is not loopback: replicas do not authenticate yet"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

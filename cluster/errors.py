@@ -4,6 +4,7 @@ ClusterError
 ├── ModelExportError    the default model could not be made
 ├── ConfigError         a configuration that cannot be used
 ├── StartError          the cluster did not come up
+├── AdminKeyError       a cluster with keys was asked without the admin key
 └── NotRunningError     a command needs a running cluster and found none
 
 Messages say the subject, the numbers and the remedy. Constructors take positional
@@ -32,6 +33,17 @@ class ConfigError(ClusterError):
 
 class StartError(ClusterError):
     """The cluster did not come up."""
+
+
+class AdminKeyError(ClusterError):
+    """A cluster that has keys was asked without its admin key."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"{self.address} wants its admin key; set BREAKEVEN_ADMIN_KEY"
 
 
 class NotRunningError(ClusterError):

@@ -13,6 +13,8 @@ from cluster import local_ray, state
 from cluster.config import APP, Config, cache_dir
 from cluster.errors import ConfigError, StartError
 from cluster.model import ensure_default_model
+from router import access
+from router.errors import KeyFileError
 from workers import logs
 
 _READY_S = 600.0
@@ -23,6 +25,7 @@ _PROGRESS_S = 5.0
 def serve(config: Config) -> int:
     """Run a cluster until SIGINT or SIGTERM; returns the exit status."""
     url = f"http://{config.ingress.host}:{config.ingress.port}"
+    _check_keys(config)
     _refuse_second(url)
     model = _model(config)
     stop = _Stop()
@@ -148,6 +151,14 @@ def _refuse_second(url: str) -> None:
         state.clear()
     if _answers(url):
         raise StartError(f"something else answers at {url}; choose another --port")
+
+
+def _check_keys(config: Config) -> None:
+    if config.ingress.keys_file is not None:
+        try:
+            access.read(Path(config.ingress.keys_file))
+        except KeyFileError as error:
+            raise ConfigError("ingress.keys_file", str(error)) from error
 
 
 def _model(config: Config) -> Path | str:

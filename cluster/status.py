@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import state
-from cluster.errors import NotRunningError
+from cluster.config import admin_key
+from cluster.errors import AdminKeyError, NotRunningError
 
 _TIMEOUT_S = 5
 _DEFAULT_URL = "http://127.0.0.1:8000"
@@ -40,8 +41,15 @@ def address() -> str:
 def fetch(url: str, path: str) -> Any:
     """JSON from the ingress."""
     try:
-        with urllib.request.urlopen(url + path, timeout=_TIMEOUT_S) as answer:
+        key = admin_key()
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        request = urllib.request.Request(url + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             return json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise AdminKeyError(url) from error
+        raise NotRunningError(url) from error
     except (OSError, ValueError) as error:
         raise NotRunningError(url) from error
 

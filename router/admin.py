@@ -1,5 +1,6 @@
 """What operators read over HTTP: health, metrics, replicas, decisions, curves."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -9,15 +10,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from router.access import KeyRing
 from router.audit import Audit, Record
+from router.errors import AccessError
 from router.fleet import Fleet
+from router.guard import bearer
 from router.member import Member
+
+Answer = Callable[[Request], Awaitable[Response]]
 
 PATHS = ("/healthz", "/readyz", "/metrics", "/admin/")
 
 
-def admin_app(fleet: Fleet, audit: Audit, registry: CollectorRegistry) -> Starlette:
-    """The small app in front of vLLM's."""
+def admin_app(
+    fleet: Fleet, audit: Audit, registry: CollectorRegistry, keys: KeyRing | None
+) -> Starlette:
+    """The small app in front of vLLM's; with `keys`, /admin needs an admin key."""
 
     async def healthz(_: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -46,7 +54,27 @@ def admin_app(fleet: Fleet, audit: Audit, registry: CollectorRegistry) -> Starle
         "/admin/decisions": decisions,
         "/admin/curves": curves,
     }
-    return Starlette(routes=[Route(path, answer) for path, answer in routes.items()])
+    return Starlette(
+        routes=[
+            Route(path, _locked(answer, keys) if path.startswith("/admin") else answer)
+            for path, answer in routes.items()
+        ]
+    )
+
+
+def _locked(answer: Answer, keys: KeyRing | None) -> Answer:
+    """`answer` for those who have an admin key."""
+    if keys is None:
+        return answer
+
+    async def checked(request: Request) -> Response:
+        try:
+            keys.check_admin(bearer(request.scope))
+        except AccessError as error:
+            return JSONResponse({"error": {"message": str(error), "code": 401}}, 401)
+        return await answer(request)
+
+    return checked
 
 
 def _replica(fleet: Fleet, member: Member) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from router.context import Bound, Notes, RequestContext, bound
 from router.errors import STATUS, RouterError
 from router.pipeline import Pipeline
 from router.request import Request
+from router.salt import Salter
 from workers.messages import Delta
 
 # Sampling parameters that look back at generated tokens in ways of their own.
@@ -42,14 +43,16 @@ class ClusterCore:
     `fail(request_id, error)` is called when no plan for a request is left.
     """
 
-    def __init__(self, pipeline: Pipeline, fail: Callable[[str, Exception], None]) -> None:
-        self._pipeline, self._fail = pipeline, fail
+    def __init__(
+        self, pipeline: Pipeline, salter: Salter, fail: Callable[[str, Exception], None]
+    ) -> None:
+        self._pipeline, self._salter, self._fail = pipeline, salter, fail
         self._outputs: asyncio.Queue[EngineCoreOutput] = asyncio.Queue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Start a request in the task context of the HTTP request that it belongs to."""
-        task = asyncio.create_task(self._serve(_request(request)))
+        task = asyncio.create_task(self._serve(_request(request, self._salter)))
         self._tasks[request.request_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
 
@@ -90,7 +93,7 @@ class ClusterCore:
 class ClusterClient(AsyncLLM):
     """vLLM's `EngineClient` for a cluster."""
 
-    def __init__(self, config: VllmConfig, pipeline: Pipeline) -> None:
+    def __init__(self, config: VllmConfig, pipeline: Pipeline, salter: Salter) -> None:
         # AsyncLLM's own constructor starts an engine; these are the attributes that its methods
         # use (held to the pinned version by tests/flow/test_vllm_contract.py).
         self.vllm_config = config
@@ -106,7 +109,7 @@ class ClusterClient(AsyncLLM):
             log_stats=False,
             stream_interval=config.scheduler_config.stream_interval,
         )
-        self.engine_core = ClusterCore(pipeline, self._fail)
+        self.engine_core = ClusterCore(pipeline, salter, self._fail)
         self._pipeline = pipeline
 
     @property
@@ -183,8 +186,10 @@ def warm_body() -> bytes:
     )
 
 
-def _request(request: EngineCoreRequest) -> Request:
+def _request(request: EngineCoreRequest, salter: Salter) -> Request:
     asked = bound.get() or Bound(RequestContext(request.request_id), Notes())
+    # Here and not in the body: some of the APIs would not pass a salt on.
+    request.cache_salt = salter.salt(asked.context.tenant, request.cache_salt)
     params = request.sampling_params
     return Request(
         request_id=request.request_id,

@@ -16,6 +16,9 @@ class ServiceClass(StrEnum):
     BATCH = "batch"
 
 
+# Whose requests are while no keys are needed.
+DEFAULT_TENANT = "default"
+
 # OpenAI's service tiers; DESIGN.md's mapping.
 CLASS_OF_TIER = {
     "auto": ServiceClass.INTERACTIVE,
@@ -28,13 +31,17 @@ CLASS_OF_TIER = {
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """One HTTP request: who asks, how urgently, and under which name it is cached."""
+    """One HTTP request: who asks, how urgently, and under which name it is cached.
+
+    After `timeout_s` it is ended wherever it is.
+    """
 
     request_id: str
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     service_class: ServiceClass = ServiceClass.INTERACTIVE
     cache_key: str | None = None
     safety_identifier: str | None = None
+    timeout_s: float | None = None
 
 
 @dataclass(slots=True)

@@ -4,6 +4,9 @@ RouterError
 ├── NoReplicaError      no replica can serve this request now         503
 ├── OverloadedError     the ingress holds as many requests as it may  503
 ├── TooManyError        one call asks for more answers than fit       400
+├── AccessError         no key, or one that is not known              401
+├── KeyFileError        the key file cannot be used                   500
+├── DeadlineError       a request took longer than it may             504
 └── RequestLostError    every plan for a request has failed           503
 """
 
@@ -50,6 +53,44 @@ class TooManyError(RouterError):
         return f"{self.wanted} answers wanted in one call, {self.limit} allowed; lower n"
 
 
+class AccessError(RouterError):
+    """A request without a key, or with one that is not in force."""
+
+    def __init__(self, kind: str, given: bool) -> None:
+        super().__init__(kind, given)
+        self.kind, self.given = kind, given
+
+    def __str__(self) -> str:
+        if self.given:
+            return f"this {self.kind} is not known"
+        return f"no {self.kind} was given; send it as `Authorization: Bearer KEY`"
+
+
+class KeyFileError(RouterError):
+    """The file of API keys cannot be read or used."""
+
+    def __init__(self, path: str, complaint: str) -> None:
+        super().__init__(path, complaint)
+        self.path, self.complaint = path, complaint
+
+    def __str__(self) -> str:
+        return f"key file {self.path}: {self.complaint}; `breakeven key` prints a line for it"
+
+
+class DeadlineError(RouterError):
+    """A request took longer than its client or the configuration allows."""
+
+    def __init__(self, request_id: str, timeout_s: float) -> None:
+        super().__init__(request_id, timeout_s)
+        self.request_id, self.timeout_s = request_id, timeout_s
+
+    def __str__(self) -> str:
+        return (
+            f"request {self.request_id} is not done after {self.timeout_s:g} s; "
+            "raise x-request-timeout, or ingress.request_timeout_s if that is lower"
+        )
+
+
 class RequestLostError(RouterError):
     """The replicas of a request failed, and so did the plans that followed."""
 
@@ -65,5 +106,8 @@ STATUS: dict[type[RouterError], HTTPStatus] = {
     NoReplicaError: HTTPStatus.SERVICE_UNAVAILABLE,
     OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
     TooManyError: HTTPStatus.BAD_REQUEST,
+    AccessError: HTTPStatus.UNAUTHORIZED,
+    KeyFileError: HTTPStatus.INTERNAL_SERVER_ERROR,
+    DeadlineError: HTTPStatus.GATEWAY_TIMEOUT,
     RequestLostError: HTTPStatus.SERVICE_UNAVAILABLE,
 }

@@ -9,13 +9,23 @@ import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite, nan
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from router.context import CLASS_OF_TIER, Bound, Notes, RequestContext, ServiceClass, bound
-from router.salt import tenant_salt
+from router.access import KeyRing
+from router.context import (
+    CLASS_OF_TIER,
+    DEFAULT_TENANT,
+    Bound,
+    Notes,
+    RequestContext,
+    ServiceClass,
+    bound,
+)
+from router.errors import AccessError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -65,10 +75,18 @@ class _Refusal(Exception):
 
 
 class Guard:
-    """Wraps vLLM's app. `max_body_bytes` bounds a request body; `secret` keys tenant salts."""
+    """Wraps vLLM's app. `max_body_bytes` bounds a request body; `timeout_s` bounds a request's
+    time, and so does its header x-request-timeout; with `keys`, each request needs one."""
 
-    def __init__(self, app: App, max_body_bytes: int, secret: bytes) -> None:
-        self._app, self._max_body_bytes, self._secret = app, max_body_bytes, secret
+    def __init__(
+        self,
+        app: App,
+        max_body_bytes: int,
+        timeout_s: float | None = None,
+        keys: KeyRing | None = None,
+    ) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+        self._timeout_s, self._keys = timeout_s, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,8 +96,11 @@ class Guard:
         request_id = _request_id(scope)
         try:
             _check_route(scope["method"], scope["path"])
+            tenant = _tenant(scope, self._keys)
             body = await _read(scope, receive, self._max_body_bytes)
-            context, body = self._enter(request_id, body)
+            context, body = _enter(request_id, body)
+            timeout_s = _timeout_s(scope, self._timeout_s)
+            context = replace(context, tenant=tenant, timeout_s=timeout_s)
         except _Refusal as refusal:
             await _refuse(refusal, request_id)(scope, receive, send)
             return
@@ -90,34 +111,6 @@ class Guard:
             await self._app(_sized(scope, body), _replay(body, receive), reply.send)
         finally:
             bound.reset(token)
-
-    def _enter(self, request_id: str, body: bytes) -> tuple[RequestContext, bytes]:
-        """The request's context, and its body without what steers the cluster."""
-        try:
-            body.decode()
-        except UnicodeDecodeError as error:
-            raise _Refusal(400, f"the body is not UTF-8 at byte {error.start}") from error
-        try:
-            # The parser of vLLM's app: a stricter one would let past what it cannot read.
-            fields = json.loads(body)
-        except RecursionError as error:
-            raise _Refusal(400, "the body is nested too deeply") from error
-        except ValueError:
-            return RequestContext(request_id), body  # vLLM words the error
-        if not isinstance(fields, dict):
-            return RequestContext(request_id), body
-        context = RequestContext(
-            request_id=request_id,
-            service_class=_service_class(fields.get("service_tier")),
-            cache_key=_text(fields, "prompt_cache_key"),
-            safety_identifier=_text(fields, "safety_identifier"),
-        )
-        removed = [fields.pop(name) for name in _STEERING if name in fields]
-        salt = _text(fields, "cache_salt")
-        if salt is not None:
-            fields["cache_salt"] = tenant_salt(self._secret, context.tenant, salt)
-        changed = bool(removed) or salt is not None
-        return context, json.dumps(fields).encode() if changed else body
 
 
 class _Reply:
@@ -144,6 +137,50 @@ class _Reply:
         if status in (429, 503):
             headers.append((b"retry-after", b"1"))
         return headers
+
+
+def _enter(request_id: str, body: bytes) -> tuple[RequestContext, bytes]:
+    """The request's context, and its body without what steers the cluster."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise _Refusal(400, f"the body is not UTF-8 at byte {error.start}") from error
+    try:
+        # The parser of vLLM's app: a stricter one would let past what it cannot read.
+        fields = json.loads(body)
+    except RecursionError as error:
+        raise _Refusal(400, "the body is nested too deeply") from error
+    except ValueError:
+        return RequestContext(request_id), body  # vLLM words the error
+    if not isinstance(fields, dict):
+        return RequestContext(request_id), body
+    context = RequestContext(
+        request_id=request_id,
+        service_class=_service_class(fields.get("service_tier")),
+        cache_key=_text(fields, "prompt_cache_key"),
+        safety_identifier=_text(fields, "safety_identifier"),
+    )
+    removed = [fields.pop(name) for name in _STEERING if name in fields]
+    return context, json.dumps(fields).encode() if removed else body
+
+
+def _tenant(scope: Scope, keys: KeyRing | None) -> str:
+    """Whose key came with the request; everybody's without a key file."""
+    if keys is None:
+        return DEFAULT_TENANT
+    try:
+        return keys.tenant(bearer(scope))
+    except AccessError as error:
+        raise _Refusal(401, str(error), "AuthenticationError") from error
+
+
+def bearer(scope: Scope) -> str | None:
+    """The key of a request: `Authorization: Bearer KEY`, or Anthropic's `x-api-key`."""
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() == "bearer" and key:
+        return key.strip()
+    return headers.get(b"x-api-key", b"").decode("latin-1") or None
 
 
 def _check_route(method: str, path: str) -> None:
@@ -198,7 +235,15 @@ def _sized(scope: Scope, body: bytes) -> Scope:
 
 
 _BODY_HEADERS = (b"content-length", b"transfer-encoding")
-_STEERING_H = (b"x-data-parallel-rank", b"x-vllm-priority", b"x-session-id", b"x-request-id")
+# And the client's key, which nothing behind this layer needs.
+_STEERING_H = (
+    b"x-data-parallel-rank",
+    b"x-vllm-priority",
+    b"x-session-id",
+    b"x-request-id",
+    b"authorization",
+    b"x-api-key",
+)
 
 
 def _refuse(refusal: _Refusal, request_id: str) -> JSONResponse:
@@ -210,6 +255,20 @@ def _refuse(refusal: _Refusal, request_id: str) -> JSONResponse:
 def _request_id(scope: Scope) -> str:
     given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
     return given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+
+def _timeout_s(scope: Scope, most_s: float | None) -> float | None:
+    """What the client's x-request-timeout asks for, at most what is configured."""
+    given = dict(scope["headers"]).get(b"x-request-timeout", b"").decode("latin-1")
+    if not given:
+        return most_s
+    try:
+        asked_s = float(given)
+    except ValueError:
+        asked_s = nan
+    if not (isfinite(asked_s) and asked_s > 0):
+        raise _Refusal(400, f"x-request-timeout is {given[:40]!r}; give seconds above 0")
+    return asked_s if most_s is None else min(asked_s, most_s)
 
 
 def _service_class(tier: object) -> ServiceClass:

@@ -7,6 +7,7 @@ import socket
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -14,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 
+from router.access import KeyRing
 from router.admin import PATHS, admin_app
 from router.admission import Admission
 from router.audit import Audit
@@ -23,6 +25,7 @@ from router.guard import App, Guard, Receive, Scope, Send
 from router.member import Member
 from router.metrics import FleetMetrics, RequestMetrics
 from router.pipeline import Pipeline
+from router.salt import Salter
 from router.settings import IngressSettings
 from workers.messages import Inbox, Link, Replica
 
@@ -49,6 +52,7 @@ class Ingress:
     ) -> None:
         self._settings, self._args = settings, args
         now = asyncio.get_running_loop().time
+        self._keys = KeyRing(Path(settings.keys_file), now) if settings.keys_file else None
 
         def link(replica: Replica, member: Member) -> Link:
             return connect(replica.address, name, member)
@@ -61,8 +65,9 @@ class Ingress:
         audit = Audit(now, RequestMetrics(registry))
         admission = Admission(settings.max_requests)
         pipeline = Pipeline(self.fleet, admission, audit, now, settings.assumed_streams)
-        self._client = ClusterClient(config, pipeline)
-        self._admin = admin_app(self.fleet, audit, registry)
+        salter = Salter(settings.secret, separate=self._keys is not None)
+        self._client = ClusterClient(config, pipeline, salter)
+        self._admin = admin_app(self.fleet, audit, registry, self._keys)
 
     async def check_health(self) -> None:
         """Raise once requests would no longer be answered."""
@@ -90,7 +95,8 @@ class Ingress:
     async def _app(self) -> App:
         vllm_app = build_app(self._args, ("generate",), self._client.model_config)
         await init_app_state(self._client, vllm_app.state, self._args, ("generate",))
-        guard = Guard(vllm_app, self._settings.max_body_bytes, self._settings.secret)
+        settings = self._settings
+        guard = Guard(vllm_app, settings.max_body_bytes, settings.request_timeout_s, self._keys)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             ours = scope["type"] == "http" and scope["path"].startswith(PATHS)

@@ -15,3 +15,17 @@ def tenant_salt(secret: bytes, tenant: str, client_salt: str) -> str:
         + client_salt.encode("utf-8", "surrogatepass")
     )
     return hmac.new(secret, message, hashlib.sha256).hexdigest()
+
+
+class Salter:
+    """Names a request's blocks after its tenant. `separate` is set once there are keys: then a
+    request without a salt of its own is in its tenant's namespace too."""
+
+    def __init__(self, secret: bytes, separate: bool) -> None:
+        self._secret, self._separate = secret, separate
+
+    def salt(self, tenant: str, client_salt: str | None) -> str | None:
+        """The salt of every block of a request; None for the one shared namespace."""
+        if client_salt is None and not self._separate:
+            return None
+        return tenant_salt(self._secret, tenant, client_salt or "")

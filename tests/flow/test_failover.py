@@ -119,6 +119,32 @@ def test_streams_survive_the_death_of_their_decode_replica(pools: Cluster) -> No
     assert all("reason=decode_lost" in record["plan"] for record in carried)
 
 
+def test_streams_leave_a_decode_replica_that_hangs(pools: Cluster) -> None:
+    """SIGSTOP in mid-stream: after some seconds of silence its streams go on on the other
+    replica, greedy and exact; it gets no work while it hangs, and is used again afterwards."""
+    undisturbed = _streams(pools)
+    for stream in undisturbed:
+        stream.join(120)
+    truth = [stream.tokens for stream in undisturbed]
+    streams = _streams(pools)
+    while sum(len(stream.tokens) for stream in streams) < 40 * len(streams):
+        time.sleep(0.005)
+    rows = [r for r in pools.replicas().values() if r["role"] == "decode"]
+    pid = max(rows, key=lambda row: int(row["running"]))["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for stream in streams:
+            stream.join(60)
+        assert [stream.error for stream in streams] == [None] * len(streams)
+        assert [stream.tokens for stream in streams] == truth
+        states = {row["pid"]: row["state"] for row in pools.replicas().values()}
+        assert states[pid] == "down"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    _await_back(pools, "decode", 2, set())
+    pools.await_rest()
+
+
 def test_requests_survive_the_death_of_the_prefill_replica(pools: Cluster) -> None:
     """kill -9 while it computes prompts: they are computed where they are decoded."""
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import time
 from typing import Any
 
 import httpx
@@ -251,6 +252,28 @@ def test_bad_input_gets_an_openai_shaped_error(
     assert says in error["message"]
     assert error["code"] == status
     assert answer.headers["x-request-id"]
+
+
+def test_a_request_timeout_ends_it_everywhere(cluster: Cluster) -> None:
+    """x-request-timeout: a plain request gets 504, a stream an error in its body, both in time;
+    the engines stop (the fixture waits for the books to balance)."""
+    body = {"model": "smollm2", "prompt": [7, 8, 9], "max_tokens": 4000, "ignore_eos": True}
+    for stream in (False, True):
+        began = time.monotonic()
+        answer = httpx.post(
+            f"{cluster.url}/v1/completions",
+            json={**body, "stream": stream},
+            headers={"x-request-timeout": "0.7"},
+            timeout=20,
+        )
+        assert time.monotonic() - began < 2.0
+        assert "not done after 0.7 s" in answer.text
+        assert answer.status_code == (200 if stream else 504)
+    answer = httpx.post(
+        f"{cluster.url}/v1/completions", json=body, headers={"x-request-timeout": "soon"}
+    )
+    assert answer.status_code == 400
+    assert "soon" in answer.json()["error"]["message"]
 
 
 def test_a_burst_is_answered_whole(cluster: Cluster) -> None:

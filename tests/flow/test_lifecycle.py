@@ -138,14 +138,17 @@ def test_down_clears_up_after_a_crash(
         (("--port", "70000"), "ingress.port"),
         (("--host", "0.0.0.0"), "not loopback"),
         (("--config", "/no/such/file.yaml"), "/no/such/file.yaml"),
+        (("--config", "{tmp}/keys.yaml"), "is no SHA-256"),
     ],
 )
 def test_a_wrong_option_is_refused_at_once(
     tmp_path: Path, words: tuple[str, ...], says: str
 ) -> None:
     """What cannot work is refused in one sentence before anything starts."""
+    (tmp_path / "bad.yaml").write_text("admin: [a-key-in-clear]")
+    (tmp_path / "keys.yaml").write_text(f"ingress: {{keys_file: {tmp_path}/bad.yaml}}")
     began = time.monotonic()
-    done = _serve(tmp_path, *words)
+    done = _serve(tmp_path, *(word.format(tmp=tmp_path) for word in words))
     assert done.returncode == 1
     assert says in done.stderr
     assert "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import looptime
@@ -10,7 +11,12 @@ import pytest
 
 from kv.plan import Reason, Shape
 from router.audit import Record
-from router.errors import NoReplicaError, OverloadedError, RequestLostError
+from router.errors import (
+    DeadlineError,
+    NoReplicaError,
+    OverloadedError,
+    RequestLostError,
+)
 from router.request import Request
 from tests.sim.world import Prompts, World, answer, idle, request, world
 from workers.messages import Blocks, Role
@@ -394,3 +400,22 @@ async def test_more_requests_than_the_limit_are_refused_at_once() -> None:
         refused = [got for got in outcomes if isinstance(got, OverloadedError)]
         assert [str(error)[:31] for error in refused] == ["3 requests in flight, 3 allowed"] * 2
         assert here.admission.held == 0
+
+
+async def test_a_request_ends_at_its_deadline_wherever_it_is() -> None:
+    """While it is computed or streams, a request over its time ends with its numbers, is aborted
+    on every engine, and leaves nothing held; one that is quicker is not touched."""
+    async with world() as here:
+        for name, prompt, timeout_s in (("stream", 40, 1.0), ("prefill", 20_000, 0.5)):
+            asked = request(name, range(prompt), 400)
+            asked = replace(asked, context=replace(asked.context, timeout_s=timeout_s))
+            began = here.now()
+            with pytest.raises(DeadlineError, match=f"not done after {timeout_s:g} s"):
+                await asyncio.create_task(here.ask(asked))
+            assert here.now() - began == pytest.approx(timeout_s, abs=0.01)
+            assert here.audit.records[-1].outcome == "deadline"
+        quick = request("quick", range(40), 5)
+        quick = replace(quick, context=replace(quick.context, timeout_s=30.0))
+        assert await here.ask(quick) == answer(quick)
+        await here.quiet()
+        here.check()

@@ -83,6 +83,9 @@ class World:
         met = len(self.fleet.pairs.links) >= pairs and self.fleet.ready()
         return met and {replica.epoch for replica in announced} <= up
 
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
     async def quiet(self) -> None:
         """Returns when no engine has work, and reports and replies have arrived."""
         while any(not idle(engine) for engine in self.cluster.engines.values()):  # noqa: ASYNC110

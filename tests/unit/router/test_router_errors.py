@@ -4,6 +4,9 @@ import pytest
 
 from router import errors
 from router.errors import (
+    AccessError,
+    DeadlineError,
+    KeyFileError,
     NoReplicaError,
     OverloadedError,
     RequestLostError,
@@ -15,6 +18,9 @@ EACH = [
     NoReplicaError(1, 0),
     OverloadedError(256, 256),
     TooManyError(300, 256),
+    AccessError("API key", True),
+    KeyFileError("keys.yaml", "is no YAML"),
+    DeadlineError("r1", 1.5),
     RequestLostError("r1", "4 plans failed"),
 ]
 

@@ -14,7 +14,6 @@ from starlette.routing import Route
 
 from router.context import ServiceClass, bound
 from router.guard import ROUTES, Guard
-from router.salt import tenant_salt
 
 SECRET = b"secret"
 LIMIT_BYTES = 1000
@@ -65,7 +64,7 @@ APP = Starlette(
 
 
 def client(app: Any = APP) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(Guard(app, LIMIT_BYTES, SECRET))
+    transport = httpx.ASGITransport(Guard(app, LIMIT_BYTES))
     return httpx.AsyncClient(transport=transport, base_url="http://guard")
 
 
@@ -208,10 +207,42 @@ async def test_a_body_that_is_no_utf_8_is_refused(body: bytes) -> None:
     assert f"not UTF-8 at byte {0 if body[0] == 0xFF else 7}" in error_of(reply)["message"]
 
 
-async def test_a_salt_is_mapped_to_the_tenant_s() -> None:
-    """The engine never sees a client's own salt, so nobody can name another tenant's blocks."""
-    seen = json.loads((await post({"cache_salt": "mine"}))["body"])
-    assert seen == {"cache_salt": tenant_salt(SECRET, "default", "mine")}
+@pytest.mark.parametrize(
+    ("asked", "most_s", "given_s"),
+    [
+        (None, None, None),
+        (None, 9.0, 9.0),
+        ("2.5", None, 2.5),
+        ("2.5", 1.0, 1.0),
+        ("1e3", 2e3, 1e3),
+    ],
+)
+async def test_a_request_s_time_is_the_lower_of_both(
+    asked: str | None, most_s: float | None, given_s: float | None
+) -> None:
+    """The client may ask for less than is configured, never for more."""
+    seen: list[float | None] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked_now = bound.get()
+        assert asked_now is not None
+        seen.append(asked_now.context.timeout_s)
+        await JSONResponse({})(scope, receive, send)
+
+    transport = httpx.ASGITransport(Guard(app, LIMIT_BYTES, most_s))
+    headers = {} if asked is None else {"x-request-timeout": asked}
+    async with httpx.AsyncClient(transport=transport, base_url="http://guard") as http:
+        assert (await http.post(CHAT, content=b"{}", headers=headers)).status_code == 200
+    assert seen == [given_s]
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "nan", "inf", "soon", "1e999"])
+async def test_a_timeout_that_is_no_time_is_refused(asked: str) -> None:
+    """What is no positive number of seconds is a 400 that shows it."""
+    async with client() as http:
+        reply = await http.post(CHAT, content=b"{}", headers={"x-request-timeout": asked})
+    assert reply.status_code == 400
+    assert asked in error_of(reply)["message"]
 
 
 async def test_openai_s_fields_are_bound_to_the_request() -> None:

@@ -1,0 +1,95 @@
+"""Who may ask: API keys from a file, each with its tenant.
+
+The file holds SHA-256 digests only. Keys are random and long (`breakeven key` makes them), so a
+digest needs no salt and no slow hash. The file is read again when it changes.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from router.errors import AccessError, KeyFileError
+
+_HEX_DIGITS = 64
+_LOOK_AGAIN_S = 1.0
+
+
+class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One key of one tenant."""
+
+    sha256: str
+    tenant: str
+
+
+class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file's content; `admin` keys open /admin and nothing else."""
+
+    keys: tuple[Key, ...] = ()
+    admin: tuple[str, ...] = ()
+
+
+def digest(key: str) -> str:
+    """What the file holds for `key`."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read(path: Path) -> KeyFile:
+    """The file's content; raises `KeyFileError` with what is wrong."""
+    try:
+        content = msgspec.convert(yaml.safe_load(path.read_text()), KeyFile)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise KeyFileError(str(path), " ".join(str(error).split())) from error
+    for each in (*(key.sha256 for key in content.keys), *content.admin):
+        if len(each) != _HEX_DIGITS or not set(each) <= set("0123456789abcdef"):
+            raise KeyFileError(str(path), f"{each[:8]}… is no SHA-256 in lower-case hex")
+    return content
+
+
+class KeyRing:
+    """The keys in force. A file that becomes unreadable leaves the last ones in force."""
+
+    def __init__(self, path: Path, now: Callable[[], float]) -> None:
+        self._path, self._now = path, now
+        self._looked_at, self._stamp = now(), self._stat()
+        self._take(read(path))
+
+    def tenant(self, key: str | None) -> str:
+        """The tenant of an API key; raises `AccessError` for none and for an unknown one."""
+        self._look()
+        tenant = self._tenants.get(digest(key)) if key else None
+        if tenant is None:
+            raise AccessError("API key", given=key is not None)
+        return tenant
+
+    def check_admin(self, key: str | None) -> None:
+        """Raise `AccessError` unless `key` is an admin key."""
+        self._look()
+        if key is None or digest(key) not in self._admin:
+            raise AccessError("admin key", given=key is not None)
+
+    def _look(self) -> None:
+        now = self._now()
+        if now - self._looked_at < _LOOK_AGAIN_S:
+            return
+        self._looked_at = now
+        stamp = self._stat()
+        if stamp != self._stamp:
+            try:
+                self._take(read(self._path))
+            except KeyFileError:
+                return  # half written, say: the next look tries again
+            self._stamp = stamp
+
+    def _take(self, content: KeyFile) -> None:
+        self._tenants = {key.sha256: key.tenant for key in content.keys}
+        self._admin = frozenset(content.admin)
+
+    def _stat(self) -> tuple[int, int]:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return (0, 0)
+        return found.st_mtime_ns, found.st_ino
