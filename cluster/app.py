@@ -89,6 +89,7 @@ def _ingress(
         max_requests=section.max_requests,
         max_body_bytes=section.max_body_bytes,
         assumed_streams=config.router.assumed_streams,
+        compute_price=config.router.compute_price,
         drain_s=section.drain_s,
         request_timeout_s=section.request_timeout_s,
         keys_file=str(Path(section.keys_file).resolve()) if section.keys_file else None,

@@ -64,6 +64,7 @@ class RouterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """What plans are made by."""
 
     assumed_streams: Annotated[float, Meta(ge=0)] = 0.5
+    compute_price: Annotated[float, Meta(ge=0)] = 0.1
     probe_s: Seconds = 4.0
 
 

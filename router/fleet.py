@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import msgspec
@@ -49,6 +50,8 @@ class Fleet:
         self._expects_prefill = expects_prefill
         self._members: dict[str, Member] = {}
         self.catalogue = Catalogue()
+        # Blocks that requests under way are computing, by who computes them.
+        self._expected = Catalogue(shards=1)
         self.pairs = Pairs(warm_body, rng)
         # Totals of replicas that left, by their lanes.
         self.retired: dict[tuple[str, ...], Totals] = {}
@@ -102,7 +105,7 @@ class Fleet:
 
     def snapshot(self, keys: Sequence[bytes]) -> Snapshot:
         """What is routable now, with the depth to which each replica holds `keys`."""
-        depths = self.catalogue.depths(keys)
+        depths = self._depths(keys)
         decode = self.up(Role.DECODE)
         return Snapshot(
             prefill=self._views(Role.PREFILL, depths),
@@ -110,6 +113,24 @@ class Fleet:
             links=self.pairs.links,
             kv_bytes_per_token=decode[0].replica.kv_bytes_per_token if decode else 0,
         )
+
+    @contextmanager
+    def expecting(self, replica: str, keys: Sequence[bytes]) -> Iterator[None]:
+        """While a replica computes these blocks, plan as if it had them: siblings of a request
+        that is under way follow it instead of computing the same prefix elsewhere."""
+        holder = Holder(replica, Tier.DEVICE)
+        self._expected.add(holder, keys)
+        try:
+            yield
+        finally:
+            # A sibling's own expectation may go with this one; that costs a prediction only.
+            self._expected.remove(holder, keys)
+
+    def _depths(self, keys: Sequence[bytes]) -> dict[Holder, int]:
+        depths = dict(self.catalogue.depths(keys))
+        for holder, depth in self._expected.depths(keys).items():
+            depths[holder] = max(depth, depths.get(holder, 0))
+        return depths
 
     def _views(self, role: Role, depths: Mapping[Holder, int]) -> tuple[ReplicaView, ...]:
         """What may get work: up, and not finishing up."""

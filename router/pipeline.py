@@ -31,9 +31,10 @@ class Pipeline:
         audit: Audit,
         now: Callable[[], float],
         assumed_streams: float,
+        compute_price: float = 0.1,
     ) -> None:
         self._fleet, self._admission, self._audit, self._now = fleet, admission, audit, now
-        self._assumed_streams = assumed_streams
+        self._assumed_streams, self._compute_price = assumed_streams, compute_price
 
     async def serve(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The deltas of one request, until one has a finish reason.
@@ -98,20 +99,24 @@ class Pipeline:
 
     def _plan(self, request: Request, avoid: Collection[str] = ()) -> Plan:
         """2 name its blocks, 3 take a snapshot, 4 choose the cheapest plan."""
-        # Without its last token, which engines always compute, and with it all of its block.
-        reusable = request.known[:-TOKEN_BYTES]
-        keys = chain(root_key(request.salt), reusable, self._fleet.block_tokens())
-        snapshot = self._fleet.snapshot(keys).without(avoid)
+        snapshot = self._fleet.snapshot(self._keys(request)).without(avoid)
         plan = choose(
             Question(
                 prompt_tokens=request.prompt_tokens,
                 snapshot=snapshot,
                 assumed_streams=self._assumed_streams,
                 local_only=request.local_only,
+                compute_price=self._compute_price,
             )
         )
         request.notes.plan = plan.header()
         return plan
+
+    def _keys(self, request: Request) -> list[bytes]:
+        """Names of the blocks that may be reused: without the last token, which engines always
+        compute, and with it all of its block."""
+        reusable = request.known[:-TOKEN_BYTES]
+        return chain(root_key(request.salt), reusable, self._fleet.block_tokens())
 
     async def _run(
         self, request: Request, plan: Plan, record: Record
@@ -119,7 +124,8 @@ class Pipeline:
         """Carry the plan out; when a replica fails, go on elsewhere with what it has not given."""
         failed: set[str] = set()
         for number in range(MAX_PLANS):
-            attempt = Attempt(request, plan, f"{request.request_id}.{number}")
+            keys = self._keys(request)
+            attempt = Attempt(request, plan, f"{request.request_id}.{number}", keys)
             answered = bytearray(request.answered)
             try:
                 async with aclosing(run(self._fleet, attempt, record)) as deltas:

@@ -4,7 +4,8 @@ Whatever happens, P's blocks are either read by D or given back: when a prefill 
 as it finished, when a client left between the two steps, when D is gone.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,11 +22,15 @@ from workers.messages import Delta, Handoff, Role, Submit
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at a request; `engine_id` names it on the engines, where an id is used once."""
+    """One try at a request; `engine_id` names it on the engines, where an id is used once.
+
+    `keys` name the blocks of its prompt, which its replica is expected to have soon.
+    """
 
     request: Request
     plan: Plan
     engine_id: str
+    keys: Sequence[bytes]
     in_prefill: bool = False
 
     @property
@@ -55,11 +60,15 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
     try:
         decode = _member(fleet, attempt.plan.decode)
         computes = attempt.computes_tokens if handoff is None else 0
-        async with decode.run(_submit(attempt, Role.DECODE, handoff), computes) as deltas:
-            async for delta in deltas:
-                unread = None
-                record.decode_sources = delta.sources or record.decode_sources
-                yield _outward(attempt, delta, record)
+        with ExitStack() as computing:
+            if handoff is None:
+                computing.enter_context(fleet.expecting(decode.name, attempt.keys))
+            async with decode.run(_submit(attempt, Role.DECODE, handoff), computes) as deltas:
+                async for delta in deltas:
+                    computing.close()  # computed: the catalogue tells
+                    unread = None
+                    record.decode_sources = delta.sources or record.decode_sources
+                    yield _outward(attempt, delta, record)
     except ReplicaLostError:
         if unread is not None:
             _release(fleet, attempt, unread)
@@ -71,11 +80,12 @@ async def _prefill(fleet: Fleet, attempt: Attempt, name: str, record: Record) ->
     prefill = _member(fleet, name)
     submit = _submit(attempt, Role.PREFILL, None)
     unread = partial(_release, fleet, attempt)
-    async with prefill.run(submit, attempt.computes_tokens, unread) as deltas:
-        async for delta in deltas:
-            record.prefill_sources = delta.sources or record.prefill_sources
-            if delta.handoff is not None:
-                return delta.handoff
+    with fleet.expecting(name, attempt.keys):
+        async with prefill.run(submit, attempt.computes_tokens, unread) as deltas:
+            async for delta in deltas:
+                record.prefill_sources = delta.sources or record.prefill_sources
+                if delta.handoff is not None:
+                    return delta.handoff
     raise ReplicaLostError(name, f"{attempt.engine_id} ended without a handoff")
 
 

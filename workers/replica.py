@@ -49,7 +49,7 @@ class ReplicaProcess:
         self._server = ReplicaServer(settings.host)
         try:
             self.replica = self._start_engine()
-        except Exception as error:
+        except Exception as error:  # the edge to vLLM: whatever it is, the engine did not start
             raise EngineStartError(name, f"{type(error).__name__}: {error}") from error
 
     def _start_engine(self) -> Replica:

@@ -1,7 +1,8 @@
 """Which replicas serve a request, and whether its prompt is computed on P or on D.
 
-Costs are predicted seconds. Two are not the request's own: a prefill on a decode replica stalls
-every stream that runs there for as long as it takes, and one more stream lengthens every step.
+Costs are predicted seconds. Three are not the request's own: a prefill on a decode replica stalls
+every stream that runs there for as long as it takes, one more stream lengthens every step, and
+what is computed twice is paid for twice.
 """
 
 from collections.abc import Iterator
@@ -17,13 +18,15 @@ class Question:
     """One request against one snapshot.
 
     `assumed_streams` is how many streams are taken to run on a decode replica that is idle now:
-    they are whom a prefill there would stall if they came while it lasts.
+    they are whom a prefill there would stall if they came while it lasts. `compute_price` is how
+    many seconds of waiting a second of computing is worth.
     """
 
     prompt_tokens: int
     snapshot: Snapshot
     assumed_streams: float
     local_only: bool = False
+    compute_price: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +68,15 @@ def _local(question: Question, decode: ReplicaView) -> _Candidate:
     compute_s = _compute_s(question.prompt_tokens, decode)
     ttft_s = _queue_s(decode) + compute_s
     stalled = max(float(decode.running), question.assumed_streams)
-    cost_s = ttft_s + stalled * compute_s + _crowding_s(decode)
+    cost_s = ttft_s + (stalled + question.compute_price) * compute_s + _crowding_s(decode)
     return _Candidate(Shape.LOCAL, None, decode, ttft_s, cost_s)
 
 
 def _remotes(question: Question) -> Iterator[_Candidate]:
     snapshot, n = question.snapshot, question.prompt_tokens
     for prefill in snapshot.prefill:
-        computed_s = _queue_s(prefill) + _compute_s(n, prefill)
+        compute_s = _compute_s(n, prefill)
+        computed_s = _queue_s(prefill) + compute_s
         for decode in snapshot.decode:
             link = snapshot.links.get((prefill.name, decode.name))
             if link is None:
@@ -80,7 +84,7 @@ def _remotes(question: Question) -> Iterator[_Candidate]:
             moved_bytes = (n - _usable(n, decode)) * snapshot.kv_bytes_per_token
             # A link's curve ends at the first token, so D's own step is in it.
             ttft_s = computed_s + link.seconds(moved_bytes) + decode.waiting * decode.step_s
-            cost_s = ttft_s + _crowding_s(decode)
+            cost_s = ttft_s + question.compute_price * compute_s + _crowding_s(decode)
             yield _Candidate(Shape.REMOTE, prefill, decode, ttft_s, cost_s)
 
 

@@ -419,3 +419,37 @@ async def test_a_request_ends_at_its_deadline_wherever_it_is() -> None:
         assert await here.ask(quick) == answer(quick)
         await here.quiet()
         here.check()
+
+
+async def test_a_burst_of_siblings_stays_together() -> None:
+    """Requests that begin alike and come at once follow the first one to its replica instead of
+    computing the same prefix on each: the prefix is computed once, not once a prefill replica."""
+    async with world() as here:
+        stem = list(range(4000))
+        asked = [request(f"r{i}", [*stem, *range(9000 + i, 9040 + i)], 3) for i in range(5)]
+        outcomes = await ask_all(here, random.Random(0), asked, 0.2)
+        assert outcomes == [answer(one) for one in asked]
+        assert len({record.plan.prefill for record in here.audit.records}) == 1
+        computed = sum(record.computed_tokens() for record in here.audit.records)
+        assert computed < 4000 + 5 * 100
+        await here.quiet()
+        here.check()
+
+
+async def test_affinity_makes_no_hot_spot() -> None:
+    """A holder with a long queue loses to a replica that computes the prefix anew."""
+    async with world() as here:
+        stem = list(range(640))
+        first = request("first", stem, 2)
+        assert await here.ask(first) == answer(first)
+        rng = random.Random(5)
+        asked = [
+            request(f"r{i}", [*stem, *(rng.randrange(32_000) for _ in range(900))], 2)
+            for i in range(30)
+        ]
+        outcomes = await ask_all(here, rng, asked, 0.1)
+        assert outcomes == [answer(one) for one in asked]
+        used = {record.plan.prefill or record.plan.decode for record in here.audit.records}
+        assert {"prefill-0", "prefill-1"} <= used
+        await here.quiet()
+        here.check()

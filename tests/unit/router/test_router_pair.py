@@ -100,11 +100,11 @@ def test_a_remote_prediction_is_queue_compute_and_link() -> None:
 
 
 def test_a_local_plan_is_charged_for_the_streams_it_stalls() -> None:
-    """The cost counts the prefill once more for each stream beside it; the prediction does not."""
+    """The cost counts the prefill once more for each stream beside it, and its compute at a tenth."""
     plan = plan_of(1000, [], [{"running": 4}])
     compute_s = CURVE.seconds(1000, 0)
     assert plan.predicted_ttft_s == pytest.approx(compute_s)
-    assert plan.cost_s == pytest.approx(compute_s * 5 + 4 * 0.02)
+    assert plan.cost_s == pytest.approx(compute_s * 5.1 + 4 * 0.02)
 
 
 def test_a_prompt_that_is_wholly_cached_still_computes_its_last_token() -> None:
