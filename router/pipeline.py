@@ -8,7 +8,8 @@ from kv.block import TOKEN_BYTES, chain, pack_tokens, root_key
 from kv.plan import Plan, Reason
 from router.admission import Admission
 from router.audit import Audit, Record
-from router.errors import DeadlineError, NoReplicaError, RequestLostError, RouterError
+from router.deadline import Deadline
+from router.errors import NoReplicaError, RequestLostError, RouterError
 from router.fleet import Fleet
 from router.policy.pair import Question, choose
 from router.request import Request
@@ -18,7 +19,6 @@ from workers.messages import Delta, Role
 
 # Replicas may fail under a request; after this many plans it is the request that is at fault.
 MAX_PLANS = 4
-_LATE = "deadline"
 
 
 class Pipeline:
@@ -46,7 +46,7 @@ class Pipeline:
             started_at = self._now()
             plan = self._first_plan(request)  # 2 to 4
             record = self._audit.open(request, plan, started_at)
-            timer = self._end_at_deadline(request)
+            deadline = Deadline(request.context)
             try:
                 async with aclosing(self._run(request, plan, record)) as deltas:  # 5 run
                     async for delta in deltas:
@@ -58,10 +58,10 @@ class Pipeline:
                 raise
             except asyncio.CancelledError as ended:
                 record.outcome = ended.args[0] if ended.args else record.outcome
-                _raise_if_late(record, request)
+                deadline.check(record.outcome)
                 raise
             finally:
-                timer.cancel()
+                deadline.stop()
                 self._audit.close(record)  # 7 audit
 
     def check(self, n: int) -> None:
@@ -69,16 +69,6 @@ class Pipeline:
         self._admission.check(n)
         if not self._fleet.up(Role.DECODE):
             raise NoReplicaError(len(self._fleet.up(Role.PREFILL)), 0)
-
-    def _end_at_deadline(self, request: Request) -> asyncio.TimerHandle:
-        """Cancel this request's task when its time is over."""
-        task, timeout_s = asyncio.current_task(), request.context.timeout_s
-        loop = asyncio.get_running_loop()
-        if task is None or timeout_s is None:
-            timer = loop.call_later(0, lambda: None)
-            timer.cancel()
-            return timer
-        return loop.call_later(timeout_s, task.cancel, _LATE)
 
     @contextmanager
     def _admit(self, request: Request) -> Iterator[None]:
@@ -158,11 +148,3 @@ class Pipeline:
         request.notes.plan = plan.header()
         self._audit.plan(record, plan, self._now() - began)
         return plan
-
-
-def _raise_if_late(record: Record, request: Request) -> None:
-    """Turn the cancellation by a request's own timer into an error for its client."""
-    task, timeout_s = asyncio.current_task(), request.context.timeout_s
-    if record.outcome == _LATE and task is not None and timeout_s is not None:
-        task.uncancel()
-        raise DeadlineError(request.context.request_id, timeout_s) from None

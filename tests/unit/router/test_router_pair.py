@@ -100,7 +100,7 @@ def test_a_remote_prediction_is_queue_compute_and_link() -> None:
 
 
 def test_a_local_plan_is_charged_for_the_streams_it_stalls() -> None:
-    """The cost counts the prefill once more for each stream beside it, and its compute at a tenth."""
+    """The prefill costs once more for each stream beside it, and a tenth for its compute."""
     plan = plan_of(1000, [], [{"running": 4}])
     compute_s = CURVE.seconds(1000, 0)
     assert plan.predicted_ttft_s == pytest.approx(compute_s)
