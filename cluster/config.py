@@ -15,11 +15,11 @@ import yaml
 from msgspec import Meta
 
 from cluster.errors import ConfigError
+from cluster.home import HOME, default_cache
 
-ROOT = Path(__file__).resolve().parent.parent
 # Names the Serve application, and the cluster in the directory of replicas.
 APP = "breakeven"
-DEFAULT = ROOT / "configs" / "cpu.yaml"
+DEFAULT = HOME / "configs" / "cpu.yaml"
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 # Ray waits 60 s for an application to end, and so does `down`.
@@ -123,7 +123,7 @@ def admin_key() -> str | None:
 
 def cache_dir() -> Path:
     """Where models and the state of running clusters are kept."""
-    return Path(os.environ.get("BREAKEVEN_CACHE") or ROOT / ".cache").resolve()
+    return Path(os.environ.get("BREAKEVEN_CACHE") or default_cache()).resolve()
 
 
 def _check(config: Config, source: str) -> None:

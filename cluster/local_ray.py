@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 
 from cluster import state
-from cluster.config import ROOT, Config
+from cluster.config import Config
+from cluster.home import ROOT
 
 _STOP_S = 10.0
 

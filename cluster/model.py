@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.errors import ClusterError, ModelExportError
+from cluster.home import HOME
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-PIN = Path(__file__).resolve().parent.parent / "requirements" / "model.txt"
+PIN = HOME / "requirements" / "model.txt"
 # The marker is the last file written; it holds the hash of the wheel that the folder came from.
 MARKER = ".complete"
 # Wheel 93 MB + GGUF 98 MB + bf16 folder 273 MB, rounded up.

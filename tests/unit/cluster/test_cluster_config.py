@@ -7,8 +7,9 @@ import pytest
 
 from cluster.app import engine_options
 from cluster.cli import _overrides, _parser
-from cluster.config import DEFAULT, ROOT, Config, load
+from cluster.config import DEFAULT, Config, load
 from cluster.errors import ConfigError
+from cluster.home import ROOT
 
 
 def test_the_default_file_loads_and_is_the_reference() -> None:
