@@ -22,12 +22,13 @@ _START_TRIES = 2
 
 
 def build(config: Config, model: Path | str, scratch: Path, secret: bytes) -> Application:
-    """The Serve application: ingress, prefill pool and decode pool."""
+    """The Serve application: ingress, catalogue, prefill pool and decode pool."""
     pools = [
         _engines(config, Role.PREFILL, config.prefill, model, scratch),
         _engines(config, Role.DECODE, config.decode, model, scratch),
     ]
-    return _ingress(config, model, secret, [pool for pool in pools if pool is not None])
+    others = [_catalogue(config), *(pool for pool in pools if pool is not None)]
+    return _ingress(config, model, secret, others)
 
 
 def engine_options(config: Config, pool: Pool | None) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _engines(
 
 
 def _ingress(
-    config: Config, model: Path | str, secret: bytes, pools: list[Application]
+    config: Config, model: Path | str, secret: bytes, others: list[Application]
 ) -> Application:
     from cluster.deployment import IngressReplica
 
@@ -108,7 +109,27 @@ def _ingress(
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=_START_TRIES,
     )
-    return deployment.bind(APP, settings, *pools)
+    return deployment.bind(APP, settings, *others)
+
+
+def _catalogue(config: Config) -> Application:
+    from cluster.deployment import CatalogueReplica
+
+    section = config.catalogue
+    deployment = serve.deployment(
+        CatalogueReplica,
+        name="catalogue",
+        num_replicas=section.replicas,
+        ray_actor_options={"num_cpus": section.cpus},
+        # A second one on a node would only follow the same blocks; it is for the next node.
+        max_replicas_per_node=1 if section.replicas > 1 else None,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=_START_TRIES,
+    )
+    return deployment.bind(APP, config.host)
 
 
 def _resources(config: Config, pool: Pool, model: Path | str) -> dict[str, Any]:

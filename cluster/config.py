@@ -53,6 +53,13 @@ class IngressSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     drain_s: Annotated[float, Meta(gt=0, le=MAX_DRAIN_S)] = 30.0
 
 
+class CatalogueSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The processes that know which replica holds which block."""
+
+    replicas: Positive = 1
+    cpus: Annotated[float, Meta(gt=0)] = 0.5
+
+
 class KvSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How KV moves between replicas."""
 
@@ -88,6 +95,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     prefill: Pool = Pool()
     decode: Pool = Pool()
     ingress: IngressSection = IngressSection()
+    catalogue: CatalogueSection = CatalogueSection()
     kv: KvSection = KvSection()
     router: RouterSection = RouterSection()
     ray: RaySection = RaySection()

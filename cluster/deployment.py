@@ -1,23 +1,30 @@
-"""An ingress under Ray Serve. It listens itself, so that no proxy hop stands before it."""
+"""The ingress and the catalogue under Ray Serve, which places, watches and restarts them."""
 
 import asyncio
 import contextlib
+import uuid
 from typing import Any
 
 from ray import serve
 
+from router.catalogue.client import CatalogueLine
+from router.catalogue.node import CatalogueNode
+from router.catalogue.server import CatalogueServer
+from router.catalogue.wire import Seat, SeatRecord, seat_prefix
 from router.serve_adapter import GcsDirectory
 from router.settings import IngressSettings
-from workers import logs, serve_port
+from workers import announce, logs, serve_port
 from workers.channel import ChannelLink
 from workers.errors import WorkerError
+from workers.messages import Inbox, Link, Replica
 
 
 class IngressReplica:
-    """The class of the ingress deployment; `pools` only ties the deployments into one app."""
+    """The class of the ingress deployment. It listens itself, so that no proxy hop stands before
+    it; `others` only ties the deployments into one app."""
 
     # Serve awaits it.
-    async def __init__(self, cluster: str, settings: IngressSettings, *pools: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, cluster: str, settings: IngressSettings, *others: Any) -> None:  # type: ignore[misc]
         # vLLM loads on the replica only: the process that deploys this class starts at once.
         from router.ingress import Ingress
         from workers import options
@@ -32,8 +39,10 @@ class IngressReplica:
         except WorkerError as error:
             logs.fatal(str(error))
             raise RuntimeError(str(error)) from None
-        directory = GcsDirectory(cluster, asyncio.get_running_loop().time)
-        ingress = Ingress(name, settings, directory, ChannelLink, args, config)
+        now = asyncio.get_running_loop().time
+        directory = GcsDirectory(cluster, now)
+        line = CatalogueLine(directory, name, settings.replica_host, now)
+        ingress = Ingress(name, settings, directory, ChannelLink, line, args, config)
         self._ingress = ingress
         self._task = asyncio.create_task(ingress.serve())
 
@@ -54,3 +63,42 @@ class IngressReplica:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+
+
+class CatalogueReplica:
+    """The class of the catalogue deployment."""
+
+    # Serve awaits it.
+    async def __init__(self, cluster: str, host: str) -> None:  # type: ignore[misc]
+        serve_port.bind_to(host)
+        name = f"catalogue-{serve.get_replica_context().rank.rank}"
+        logs.configure(name)
+
+        def connect(replica: Replica, inbox: Inbox) -> Link:
+            return ChannelLink(replica.address, name, inbox, follow=True)
+
+        now = asyncio.get_running_loop().time
+        node = CatalogueNode(GcsDirectory(cluster, now), connect, now)
+        server = CatalogueServer(host, node.holdings, node.beat, now)
+        seat = Seat(name, uuid.uuid4().hex, server.address, host)
+        key = seat_prefix(cluster) + seat.epoch
+        self._tasks = [
+            asyncio.create_task(node.watch()),
+            asyncio.create_task(server.serve()),
+            asyncio.create_task(announce.keep(key, lambda beat: SeatRecord(seat, beat))),
+        ]
+
+    async def check_health(self) -> None:
+        """Serve's probe; raises once it answers nobody any more."""
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"the catalogue ended: {task.exception()!r}")
+
+    async def __del__(self) -> None:
+        """Serve's graceful stop; ingresses turn to another catalogue, or plan without hits."""
+        if not hasattr(self, "_tasks"):  # the constructor failed
+            return
+        for task in self._tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -150,12 +150,19 @@ def _cluster() -> Iterator[Finding]:
         )
         return
     try:
-        replicas = fetch(address(), "/admin/replicas")["replicas"]
+        report = fetch(address(), "/admin/replicas")
     except NotRunningError:
         yield _port()
         return
-    for replica in replicas:
+    for replica in report["replicas"]:
         yield from _replica(replica)
+    catalogue = report["catalogue"]
+    yield _judge(
+        "catalogue",
+        catalogue["state"] == "up",
+        f"{catalogue['state']}, {catalogue['blocks']} blocks",
+        "requests are planned without hits until Serve has restarted it; see its log",
+    )
 
 
 def _port() -> Finding:

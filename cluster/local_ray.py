@@ -112,6 +112,6 @@ def logs(run_dir: Path) -> Iterator[Path]:
 
 def _cpus(config: Config) -> int:
     """Ray's cores are a count, no limit; a small machine still runs the default cluster."""
-    pools = (config.prefill, config.decode, config.ingress)
+    pools = (config.prefill, config.decode, config.ingress, config.catalogue)
     wanted = sum(pool.replicas * pool.cpus for pool in pools)
     return max(os.cpu_count() or 1, int(wanted + 0.999) + 1)

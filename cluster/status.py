@@ -17,12 +17,12 @@ _DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def status(as_json: bool) -> int:
-    """Print the cluster's replicas and links; raises `NotRunningError`."""
+    """Print the cluster's replicas, catalogue and links; raises `NotRunningError`."""
     url = address()
     report = {
         "url": url,
         "ready": _ready(url),
-        "replicas": fetch(url, "/admin/replicas")["replicas"],
+        **fetch(url, "/admin/replicas"),
         "curves": fetch(url, "/admin/curves"),
     }
     if as_json:
@@ -66,6 +66,8 @@ def _print(report: dict[str, Any]) -> None:
     console = Console()
     console.print(f"{report['url']}: {'ready' if report['ready'] else 'not ready'}")
     console.print(_replicas(report["replicas"]))
+    catalogue = report["catalogue"]
+    console.print(f"catalogue: {catalogue['state']}, {catalogue['blocks']} blocks")
     if report["curves"]["links"]:
         console.print(_links(report))
 

@@ -36,6 +36,7 @@ class Reason(StrEnum):
     CHEAPER_LOCAL = "cheaper_local"  # computing on D costs less than the best handoff
     CHEAPER_REMOTE = "cheaper_remote"  # computing on P, with the handoff, costs less than on D
     NO_PREFILL_REPLICA = "no_prefill_replica"  # several D were routable, but no P
+    NO_CATALOGUE = "no_catalogue"  # nobody could say what is cached where: planned as if nothing
     PROMPT_LOGPROBS = "prompt_logprobs"  # every position is computed where the answer is made
     LEAST_LOADED = "least_loaded"  # the kill switch: costs were not looked at
     PREFILL_LOST = "prefill_lost"  # the next plan after a prefill replica failed

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from router.access import KeyRing
 from router.audit import Audit, Record
+from router.catalogue.wire import Line
 from router.errors import AccessError
 from router.fleet import Fleet
 from router.guard import bearer
@@ -23,7 +24,10 @@ PATHS = ("/healthz", "/readyz", "/metrics", "/admin/")
 
 
 def admin_app(
-    fleet: Fleet, audit: Audit, registry: CollectorRegistry, keys: KeyRing | None
+    fleet: Fleet,
+    audit: Audit,
+    registry: CollectorRegistry,
+    keys: KeyRing | None,
 ) -> Starlette:
     """The small app in front of vLLM's; with `keys`, /admin needs an admin key."""
 
@@ -38,7 +42,8 @@ def admin_app(
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def replicas(_: Request) -> Response:
-        return JSONResponse({"replicas": [_replica(fleet, m) for m in fleet.members()]})
+        rows = [_replica(fleet, member) for member in fleet.members()]
+        return JSONResponse({"replicas": rows, "catalogue": _catalogue(fleet.line)})
 
     async def decisions(_: Request) -> Response:
         return JSONResponse({"decisions": [_decision(record) for record in audit.records]})
@@ -99,6 +104,16 @@ def _replica(fleet: Fleet, member: Member) -> dict[str, Any]:
         "failed_transfers": load.totals.failed_transfers,
         "kv_bytes_per_token": replica.kv_bytes_per_token,
         "max_num_seqs": replica.max_num_seqs,
+    }
+
+
+def _catalogue(line: Line) -> dict[str, Any]:
+    beat = line.beat
+    return {
+        "state": "up" if line.up else "down",
+        "pid": beat.pid,
+        "blocks": sum(beat.blocks.values()),
+        "lag_s": round(beat.lag_s, 6),
     }
 
 

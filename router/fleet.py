@@ -1,237 +1,184 @@
-"""Every replica that this ingress knows, kept true: who is there, who answers, who holds what."""
+"""Every replica that this ingress knows: who may get work, what it has, what it was sent."""
 
 import asyncio
-import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
-import msgspec
-
-from kv.block import split_keys
-from kv.catalogue import Catalogue, Delta, Holder, Tier
-from kv.errors import KVError
+from kv.block import pack_tokens
+from router.catalogue.holdings import Expectations, deepen
+from router.catalogue.wire import Expect, Found, Line, Taken
 from router.member import Member
+from router.roster import Directory, Roster
 from router.snapshot import ReplicaView, Snapshot
 from router.warm import Pairs
-from workers.messages import WIRE_VERSION, Blocks, Link, Load, Replica, Role, Totals
+from workers.messages import Blocks, Link, Replica, Role, Submit, Totals
 
-logger = logging.getLogger(__name__)
-
-# A replica beats at least once a second; this long without a word and it gets no more work.
-SILENCE_S = 3.0
-_WATCH_EVERY_S = 0.25
-_DIRECTORY_EVERY_S = 1.0
-_SWEEP_SHARDS = 16
-
-
-class Directory(Protocol):
-    """Where replicas announce themselves."""
-
-    async def replicas(self) -> Sequence[Replica]:
-        """Everyone announced now; raises OSError while the directory cannot be reached."""
-        ...
+_WARM_EVERY_S = 0.25
 
 
 class Fleet:
-    """The replicas, their blocks and the warmed pairs between them."""
+    """The replicas, the warmed pairs between them, and the line to the catalogue."""
 
     def __init__(
         self,
         directory: Directory,
         connect: Callable[[Replica, Member], Link],
+        line: Line,
         warm_body: bytes,
         now: Callable[[], float],
         rng: random.Random,
         expects_prefill: bool,
     ) -> None:
-        self._directory, self._connect, self._now = directory, connect, now
-        self._expects_prefill = expects_prefill
-        self._members: dict[str, Member] = {}
-        self.catalogue = Catalogue()
-        # Blocks that requests under way are computing, by who computes them.
-        self._expected = Catalogue(shards=1)
+        self._connect, self.line, self._now, self._random = connect, line, now, rng
+        self._expects_prefill, self._body = expects_prefill, warm_body
+        self.roster = Roster(directory, self, now)
         self.pairs = Pairs(warm_body, rng)
         # Totals of replicas that left, by their lanes.
         self.retired: dict[tuple[str, ...], Totals] = {}
-        self._seen_pair = False
+        self._expected = Expectations()
+        self._named = 0
+        self._seen_pair = self._seen_catalogue = False
 
     async def watch(self) -> None:
-        """Until cancelled: follow the directory, notice silence, warm pairs, sweep."""
+        """Until cancelled: follow who is there, and warm pairs."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._watch_directory())
+            tasks.create_task(self.roster.watch())
             while True:
-                self._notice_silence()
                 self.pairs.warm(self.up(Role.PREFILL), self.up(Role.DECODE), tasks)
-                self.catalogue.sweep(_SWEEP_SHARDS)
-                await asyncio.sleep(_WATCH_EVERY_S)
+                await asyncio.sleep(_WARM_EVERY_S)
 
     def close(self) -> None:
         """Leave every replica; they abort what they ran for us."""
-        for member in self._members.values():
-            member.close()
-        self._members.clear()
+        self.roster.close()
 
     # ------------------------------------------------------------------ what the pipeline asks
 
     def member(self, name: str) -> Member | None:
         """The replica of this name, if it is up."""
-        member = self._members.get(name)
-        return member if member is not None and member.up else None
+        return self.roster.member(name)
 
     def members(self) -> tuple[Member, ...]:
         """All that are known, up or not, by name."""
-        return tuple(sorted(self._members.values(), key=lambda member: member.name))
+        return self.roster.members()
 
     def up(self, role: Role) -> tuple[Member, ...]:
         """All replicas of a pool that answer, by name."""
-        return tuple(m for m in self.members() if m.up and m.replica.role is role)
+        return self.roster.up(role)
 
     def cached_blocks(self, member: Member) -> int:
-        """Blocks that a replica's paged KV holds, by the catalogue."""
-        return self.catalogue.blocks(_holder(member))
+        """Blocks that a replica's paged KV holds, by the catalogue's last beat."""
+        return self.line.beat.blocks.get(member.replica.epoch, 0)
 
     def block_tokens(self) -> int:
         """Tokens a block; the same on every replica of a cluster, 1 while there is none."""
-        return next((m.replica.block_tokens for m in self._members.values()), 1)
+        return next((m.replica.block_tokens for m in self.members()), 1)
 
     def ready(self) -> bool:
-        """Whether one working path exists: a decode replica, and a warmed pair if prefill
-        replicas were asked for and none has been warmed since the start."""
+        """Whether one working path exists: a decode replica, and if none has been there since
+        the start, a catalogue, and a warmed pair where prefill replicas were asked for."""
         decode = bool(self.up(Role.DECODE))
         self._seen_pair = self._seen_pair or bool(self.pairs.links)
-        return decode and (self._seen_pair or not self._expects_prefill)
+        self._seen_catalogue = self._seen_catalogue or self.line.up
+        paired = self._seen_pair or not self._expects_prefill
+        return decode and paired and self._seen_catalogue
 
-    def snapshot(self, keys: Sequence[bytes]) -> Snapshot:
-        """What is routable now, with the depth to which each replica holds `keys`."""
-        depths = self._depths(keys)
+    @property
+    def expected(self) -> int:
+        """Requests that were sent and not answered yet."""
+        return len(self._expected)
+
+    async def look(self, keys: Sequence[bytes]) -> Found | None:
+        """What the catalogue knows of these blocks; None while it cannot be asked."""
+        return await self.line.look(b"".join(keys))
+
+    def snapshot(self, keys: Sequence[bytes], found: Found | None) -> Snapshot:
+        """What is routable now, with the depth to which each replica holds `keys`, or will."""
+        depths = dict(found.depths) if found is not None else {}
+        deepen(depths, self._expected.depths(keys))
+        others = found.taken if found is not None else {}
+        heading = self._expected.taken()
         decode = self.up(Role.DECODE)
+
+        def views(role: Role) -> tuple[ReplicaView, ...]:
+            # What may get work: up, and not finishing up.
+            routable = [member for member in self.up(role) if not member.load.draining]
+            return tuple(_view(member, depths, others, heading) for member in routable)
+
         return Snapshot(
-            prefill=self._views(Role.PREFILL, depths),
-            decode=self._views(Role.DECODE, depths),
+            prefill=views(Role.PREFILL),
+            decode=views(Role.DECODE),
             links=self.pairs.links,
             kv_bytes_per_token=decode[0].replica.kv_bytes_per_token if decode else 0,
+            blind=found is None,
         )
 
     @contextmanager
-    def expecting(self, replica: str, keys: Sequence[bytes]) -> Iterator[None]:
-        """While a replica computes these blocks, plan as if it had them: siblings of a request
-        that is under way follow it instead of computing the same prefix elsewhere."""
-        holder = Holder(replica, Tier.DEVICE)
-        self._expected.add(holder, keys)
+    def expecting(
+        self, replica: str, prefill_tokens: int = 0, keys: Sequence[bytes] = ()
+    ) -> Iterator[None]:
+        """Count a request as sent to a replica: it is about to compute `prefill_tokens` and to
+        have `keys`. Every ingress plans by that, until the block ends."""
+        member = self.member(replica)
+        if member is None:
+            yield
+            return
+        self._named += 1
+        epoch, joined = member.replica.epoch, b"".join(keys)
+        expect = Expect(str(self._named), epoch, prefill_tokens, joined)
+        self._expected.add(expect)
+        self.line.expect(expect)
         try:
             yield
         finally:
-            # A sibling's own expectation may go with this one; that costs a prediction only.
-            self._expected.remove(holder, keys)
+            self._expected.remove(expect.name)
+            self.line.met(expect.name)
 
-    def _depths(self, keys: Sequence[bytes]) -> dict[Holder, int]:
-        depths = dict(self.catalogue.depths(keys))
-        for holder, depth in self._expected.depths(keys).items():
-            depths[holder] = max(depth, depths.get(holder, 0))
-        return depths
+    # ------------------------------------------------------------------ the roster's keeper
 
-    def _views(self, role: Role, depths: Mapping[Holder, int]) -> tuple[ReplicaView, ...]:
-        """What may get work: up, and not finishing up."""
-        routable = (member for member in self.up(role) if not member.load.draining)
-        return tuple(_view(m, depths.get(_holder(m), 0)) for m in routable)
-
-    # ------------------------------------------------------------------ keeping it true
-
-    async def _watch_directory(self) -> None:
-        while True:
-            try:
-                self._follow(await self._directory.replicas())
-            except OSError as error:
-                # Links go on by themselves; only comings and goings wait for the directory.
-                logger.warning("directory not reached: %s", error)
-            await asyncio.sleep(_DIRECTORY_EVERY_S)
-
-    def _follow(self, replicas: Sequence[Replica]) -> None:
-        announced = {replica.epoch: replica for replica in replicas}
-        names = {replica.name for replica in replicas}
-        for member in self.members():
-            # One that still answers stays: the directory may lag, but its name may be reclaimed.
-            gone = member.replica.epoch not in announced
-            silent = self._now() - member.heard_at > SILENCE_S
-            if gone and (silent or not member.up or member.name in names):
-                self._drop(member)
-        known = {member.replica.epoch for member in self._members.values()}
-        for replica in announced.values():
-            if replica.epoch not in known and replica.wire_version == WIRE_VERSION:
-                self._adopt(self._named_apart(replica))
-
-    def _named_apart(self, replica: Replica) -> Replica:
-        """Two engines carry one name while the older one is stopping; the newer is renamed."""
-        if replica.name not in self._members:
-            return replica
-        return msgspec.structs.replace(replica, name=f"{replica.name}.{replica.epoch[:4]}")
-
-    def _adopt(self, replica: Replica, load: Load | None = None) -> None:
-        try:
-            self._members[replica.name] = Member(
-                replica,
-                connect=lambda member: self._connect(replica, member),
-                on_blocks=self._follow_blocks,
-                now=self._now,
-            )
-        except KVError as error:  # it measured nothing: no plan could price it
-            logger.warning("%s is not routable: %s", replica.name, error)
-            return
-        if load is not None:
-            self._members[replica.name].load = load
-
-    def _drop(self, member: Member) -> None:
-        logger.info("%s left", member.name)
-        del self._members[member.name]
-        lanes, totals = member.load.lanes, member.load.totals
-        self.retired[lanes] = self.retired.get(lanes, Totals()).plus(totals)
-        member.close()
-        self.catalogue.forget(_holder(member))
-        self.pairs.cool(member.name)
-
-    def _notice_silence(self) -> None:
-        for member in list(self._members.values()):
-            silent_s = self._now() - member.heard_at
-            if member.up and silent_s > SILENCE_S:
-                logger.warning("%s silent for %.1f s", member.name, silent_s)
-                member.lose(f"silent for {silent_s:.1f} s")
-                self._reconnect(member)
-
-    def _reconnect(self, member: Member) -> None:
-        # A replica that only hung welcomes nobody twice; a new connection is welcomed, and what
-        # the old one left running there is aborted when the replica misses it.
-        member.close()
-        self.pairs.cool(member.name)
-        # What it counted stays known, so that the cluster's sums never fall.
-        self._adopt(member.replica, Load(totals=member.load.totals, lanes=member.load.lanes))
-
-    def _follow_blocks(self, member: Member, blocks: Blocks) -> None:
-        self.catalogue.apply(
-            Delta(
-                holder=_holder(member),
-                stored=tuple(split_keys(blocks.stored)),
-                removed=tuple(split_keys(blocks.removed)),
-                cleared=blocks.snapshot,
-            )
+    def make(self, replica: Replica) -> Member:
+        """A member that is up once it has answered a probe."""
+        return Member(
+            replica,
+            connect=lambda member: self._connect(replica, member),
+            on_blocks=_no_blocks,
+            now=self._now,
+            probe=self._probe,
         )
 
+    def lost(self, member: Member) -> None:
+        """Its NIXL state is void."""
+        self.pairs.cool(member.name)
 
-def _holder(member: Member) -> Holder:
-    return Holder(member.name, Tier.DEVICE)
+    def gone(self, member: Member) -> None:
+        """Its counts stay: sums of counters must not fall."""
+        lanes, totals = member.load.lanes, member.load.totals
+        self.retired[lanes] = self.retired.get(lanes, Totals()).plus(totals)
+
+    def _probe(self) -> Submit:
+        """A request for one token, which shows that an engine steps."""
+        name = f"probe.{self._random.getrandbits(64):016x}"
+        return Submit(name, Role.DECODE, pack_tokens([1, 1]), self._body)
 
 
-def _view(member: Member, depth: int) -> ReplicaView:
-    replica = member.replica
+def _no_blocks(_: Member, __: Blocks) -> None:
+    """Blocks are the catalogue's business; an ingress does not ask for them."""
+
+
+def _view(
+    member: Member, depths: dict[str, int], others: dict[str, Taken], heading: dict[str, Taken]
+) -> ReplicaView:
+    replica, load = member.replica, member.load
+    theirs, ours = (taken.get(replica.epoch, Taken()) for taken in (others, heading))
     return ReplicaView(
         name=member.name,
         curve=member.curve,
         step_s=replica.step_s,
-        queued_prefills=member.queued_prefills,
-        queued_tokens=member.queued_tokens,
-        waiting=member.load.waiting,
-        running=max(member.load.running, member.requests),
+        # Its report lags by up to a beat; what was sent and not answered is known at once.
+        queued_prefills=max(load.pending_prefills, ours.prefills + theirs.prefills),
+        queued_tokens=max(load.pending_prefill_tokens, ours.prefill_tokens + theirs.prefill_tokens),
+        waiting=load.waiting,
+        running=max(load.running, member.requests + ours.requests + theirs.requests),
         max_num_seqs=replica.max_num_seqs,
-        hit_tokens=depth * replica.block_tokens,
+        hit_tokens=depths.get(replica.epoch, 0) * replica.block_tokens,
     )

@@ -19,12 +19,14 @@ from router.access import KeyRing
 from router.admin import PATHS, admin_app
 from router.admission import Admission
 from router.audit import Audit
+from router.catalogue.client import CatalogueLine
 from router.client import ClusterClient, warm_body
-from router.fleet import Directory, Fleet
+from router.fleet import Fleet
 from router.guard import App, Guard, Receive, Scope, Send
 from router.member import Member
 from router.metrics import FleetMetrics, RequestMetrics
 from router.pipeline import Pipeline
+from router.roster import Directory
 from router.salt import Salter
 from router.settings import IngressSettings
 from workers.messages import Inbox, Link, Replica
@@ -47,10 +49,11 @@ class Ingress:
         settings: IngressSettings,
         directory: Directory,
         connect: Connect,
+        line: CatalogueLine,
         args: Namespace,
         config: VllmConfig,
     ) -> None:
-        self._settings, self._args = settings, args
+        self._settings, self._args, self._line = settings, args, line
         now = asyncio.get_running_loop().time
         self._keys = KeyRing(Path(settings.keys_file), now) if settings.keys_file else None
 
@@ -58,7 +61,7 @@ class Ingress:
             return connect(replica.address, name, member)
 
         self.fleet = Fleet(
-            directory, link, warm_body(), now, random.Random(), settings.expects_prefill
+            directory, link, line, warm_body(), now, random.Random(), settings.expects_prefill
         )
         registry = CollectorRegistry()
         registry.register(FleetMetrics(self.fleet))
@@ -80,7 +83,7 @@ class Ingress:
         with _listening(self._settings.host, self._settings.port) as sock:
             server = _server(app, self._settings)
             serving = asyncio.create_task(server.serve(sockets=[sock]))
-            watching = asyncio.create_task(self.fleet.watch())
+            watching = asyncio.create_task(self._watch())
             try:
                 both = {serving, watching}
                 ended, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -92,6 +95,11 @@ class Ingress:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
                 self.fleet.close()
+
+    async def _watch(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.fleet.watch())
+            tasks.create_task(self._line.watch())
 
     async def _app(self) -> App:
         vllm_app = build_app(self._args, ("generate",), self._client.model_config)

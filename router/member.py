@@ -1,6 +1,7 @@
 """One replica as this ingress sees it: its link, its load, and the requests it runs for us."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
@@ -22,14 +23,20 @@ from workers.messages import (
     Welcome,
 )
 
+logger = logging.getLogger(__name__)
+
 # A finished prefill whose handoff crossed our abort on the wire arrives within this.
 _ORPHAN_S = 5.0
+# A probe that is not answered is sent anew after this.
+_PROBE_AGAIN_S = 5.0
 
 
 class Member:
     """Follows one engine, from its welcome until it is lost.
 
-    An `Inbox` for its link. `on_blocks` gets every change of what it holds, in order.
+    An `Inbox` for its link. `on_blocks` gets every change of what it holds, in order. With
+    `probe`, it is up only once its engine has answered such a request: a process that welcomes
+    may still hang.
     """
 
     def __init__(
@@ -38,34 +45,23 @@ class Member:
         connect: Callable[["Member"], Link],
         on_blocks: Callable[["Member", Blocks], None],
         now: Callable[[], float],
+        probe: Callable[[], Submit] | None = None,
     ) -> None:
         self.replica = replica
         self.load = Load()
         self.up = False
         self.curve = curve_of(replica)
-        self._on_blocks, self._now = on_blocks, now
+        self._on_blocks, self._now, self._probe = on_blocks, now, probe
+        self._probing: tuple[str, float] | None = None
         self.heard_at = now()
         self._sequence: int | None = None
         self._answers: dict[str, asyncio.Queue[Delta | WorkerError]] = {}
-        self._unstarted: dict[str, int] = {}
         self._orphans: dict[str, tuple[float, Callable[[Handoff], None]]] = {}
         self._link = connect(self)
 
     @property
     def name(self) -> str:
         return self.replica.name
-
-    @property
-    def queued_tokens(self) -> int:
-        """Prompt tokens still to compute: what the replica says, or what we sent and it has not
-        answered, whichever is more (its report lags by up to a beat)."""
-        return max(self.load.pending_prefill_tokens, sum(self._unstarted.values()))
-
-    @property
-    def queued_prefills(self) -> int:
-        """Requests that those tokens belong to."""
-        ours = sum(tokens > 0 for tokens in self._unstarted.values())
-        return max(self.load.pending_prefills, ours)
 
     @property
     def requests(self) -> int:
@@ -76,12 +72,10 @@ class Member:
     async def run(
         self,
         submit: Submit,
-        computes_tokens: int,
         unread: Callable[[Handoff], None] | None = None,
     ) -> AsyncIterator[AsyncIterator[Delta]]:
         """Start a request; its deltas follow until one has a finish reason.
 
-        `computes_tokens` of its prompt are expected to be computed there.
         Raises `ReplicaLostError` when the replica is lost, refuses or fails. Leaving the block
         early aborts the request; should a prefill have finished all the same, its handoff goes
         to `unread`.
@@ -89,13 +83,11 @@ class Member:
         request_id = submit.request_id
         answers: asyncio.Queue[Delta | WorkerError] = asyncio.Queue()
         self._answers[request_id] = answers
-        self._unstarted[request_id] = computes_tokens
         self._link.send(submit)
         try:
             async with aclosing(self._deltas(request_id, answers)) as deltas:
                 yield deltas
         finally:
-            self._unstarted.pop(request_id, None)
             if unread is not None:
                 self._take_unread(request_id, answers, unread)
             if self._answers.pop(request_id, None) is not None and self.up:
@@ -108,7 +100,6 @@ class Member:
             answer = await answers.get()
             if isinstance(answer, WorkerError):
                 raise answer
-            self._unstarted.pop(request_id, None)
             if answer.error is not None or answer.finish_reason == "error":
                 complaint = answer.error or "an internal error ended it"
                 raise ReplicaLostError(self.name, f"{request_id}: {complaint}")
@@ -145,6 +136,7 @@ class Member:
                     self._answer(delta)
             case Load():
                 self.load = reply
+                self._probe_again()
             case Blocks():
                 self._blocks(reply)
             case Welcome(replica=replica):
@@ -152,11 +144,10 @@ class Member:
 
     def lose(self, complaint: str) -> None:
         """It is down: everything it ran for us fails, and so does what it would say later."""
-        self.up = False
+        self.up, self._probing = False, None
         for answers in self._answers.values():
             answers.put_nowait(ReplicaLostError(self.name, complaint))
         self._answers.clear()
-        self._unstarted.clear()
 
     def close(self) -> None:
         """Lose it for good."""
@@ -167,9 +158,34 @@ class Member:
         # A second welcome means that the replica had dropped us, and our requests with us.
         self.lose("dropped this ingress")
         self._sequence = None
-        self.up = replica.epoch == self.replica.epoch
+        if replica.epoch == self.replica.epoch:
+            self._prove()
+
+    def _prove(self) -> None:
+        """Up at the answer of a probe; at once where none is asked for."""
+        if self._probe is None:
+            self.up = True
+            return
+        submit = self._probe()
+        self._probing = (submit.request_id, self._now())
+        self._link.send(submit)
+
+    def _probe_again(self) -> None:
+        if self._probing is not None and self._now() - self._probing[1] > _PROBE_AGAIN_S:
+            self._link.send(Abort([self._probing[0]]))
+            self._prove()
+
+    def _proved(self, delta: Delta) -> None:
+        """The probe's answer; a refused one is sent again in a while."""
+        if delta.error is not None or delta.finish_reason == "error":
+            logger.warning("%s refused a probe: %s", self.name, delta.error)
+            return
+        self._probing, self.up = None, True
 
     def _answer(self, delta: Delta) -> None:
+        if self._probing is not None and delta.request_id == self._probing[0]:
+            self._proved(delta)
+            return
         answers = self._answers.get(delta.request_id)
         if answers is not None:
             if delta.finish_reason is not None:

@@ -115,8 +115,19 @@ class FleetMetrics(Collector):
         yield up
         yield leases
         yield held
+        yield from self._catalogue()
         yield self._tokens()
         yield from self._transfers()
+
+    def _catalogue(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "breakeven_catalogue_up", "1 while the catalogue answers", float(self._fleet.line.up)
+        )
+        yield GaugeMetricFamily(
+            "breakeven_catalogue_lag_seconds",
+            "Age of the oldest change of blocks when the catalogue took it in, since its last beat",
+            self._fleet.line.beat.lag_s,
+        )
 
     def _cached_bytes(self, member: Member) -> int:
         replica = member.replica

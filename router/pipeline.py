@@ -44,7 +44,7 @@ class Pipeline:
         """
         with self._admit(request):  # 1 admit
             started_at = self._now()
-            plan = self._first_plan(request)  # 2 to 4
+            plan = await self._first_plan(request)  # 2 to 4
             record = self._audit.open(request, plan, started_at)
             deadline = Deadline(request.context)
             try:
@@ -80,16 +80,18 @@ class Pipeline:
         with self._admission.admit():
             yield
 
-    def _first_plan(self, request: Request) -> Plan:
+    async def _first_plan(self, request: Request) -> Plan:
         try:
-            return self._plan(request)
+            return await self._plan(request)
         except RouterError as error:
             self._audit.refuse(request, error)
             raise
 
-    def _plan(self, request: Request, avoid: Collection[str] = ()) -> Plan:
+    async def _plan(self, request: Request, avoid: Collection[str] = ()) -> Plan:
         """2 name its blocks, 3 take a snapshot, 4 choose the cheapest plan."""
-        snapshot = self._fleet.snapshot(self._keys(request)).without(avoid)
+        keys = self._keys(request)
+        found = await self._fleet.look(keys)
+        snapshot = self._fleet.snapshot(keys, found).without(avoid)
         plan = choose(
             Question(
                 prompt_tokens=request.prompt_tokens,
@@ -127,7 +129,7 @@ class Pipeline:
                 request = request.behind(bytes(answered))
                 self._check_goes_on(request, number, error)
             failed.add(attempt.replica)
-            plan = self._replan(request, attempt, record, failed)
+            plan = await self._replan(request, attempt, record, failed)
 
     def _check_goes_on(self, request: Request, number: int, error: WorkerError) -> None:
         """Raise unless another plan may follow the one of this number, which `error` ended."""
@@ -139,12 +141,12 @@ class Pipeline:
         if not self._fleet.up(Role.DECODE):
             raise RequestLostError(name, f"{error}; no other replica is up") from error
 
-    def _replan(
+    async def _replan(
         self, request: Request, attempt: Attempt, record: Record, failed: Collection[str]
     ) -> Plan:
         began = self._now()
         reason = Reason.PREFILL_LOST if attempt.in_prefill else Reason.DECODE_LOST
-        plan = self._plan(request, avoid=failed).because(reason)
+        plan = (await self._plan(request, avoid=failed)).because(reason)
         request.notes.plan = plan.header()
         self._audit.plan(record, plan, self._now() - began)
         return plan

@@ -5,7 +5,7 @@ as it finished, when a client left between the two steps, when D is gone.
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,28 +51,38 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
 
     Raises `ReplicaLostError` when a replica of the plan fails.
     """
-    handoff = None
-    if attempt.plan.prefill is not None:
-        attempt.in_prefill = True
-        handoff = await _prefill(fleet, attempt, attempt.plan.prefill, record)
-        attempt.in_prefill = False
-    unread = handoff
-    try:
-        decode = _member(fleet, attempt.plan.decode)
-        computes = attempt.computes_tokens if handoff is None else 0
-        with ExitStack() as computing:
-            if handoff is None:
-                computing.enter_context(fleet.expecting(decode.name, attempt.keys))
-            async with decode.run(_submit(attempt, Role.DECODE, handoff), computes) as deltas:
+    with ExitStack() as expected:
+        expected.enter_context(_expecting(fleet, attempt))
+        handoff = unread = await _handoff(fleet, attempt, record)
+        try:
+            decode = _member(fleet, attempt.plan.decode)
+            async with decode.run(_submit(attempt, Role.DECODE, handoff)) as deltas:
                 async for delta in deltas:
-                    computing.close()  # computed: the catalogue tells
+                    expected.close()  # it has begun: the replica's reports tell
                     unread = None
                     record.decode_sources = delta.sources or record.decode_sources
                     yield _outward(attempt, delta, record)
-    except ReplicaLostError:
-        if unread is not None:
-            _release(fleet, attempt, unread)
-        raise
+        except ReplicaLostError:
+            if unread is not None:
+                _release(fleet, attempt, unread)
+            raise
+
+
+def _expecting(fleet: Fleet, attempt: Attempt) -> AbstractContextManager[None]:
+    """D's part in the plan: a stream to come, and the prompt's compute unless P has it."""
+    if attempt.plan.prefill is not None:
+        return fleet.expecting(attempt.plan.decode)
+    return fleet.expecting(attempt.plan.decode, attempt.computes_tokens, attempt.keys)
+
+
+async def _handoff(fleet: Fleet, attempt: Attempt, record: Record) -> Handoff | None:
+    """What P has for D to take; None for a plan without P."""
+    if attempt.plan.prefill is None:
+        return None
+    attempt.in_prefill = True
+    handoff = await _prefill(fleet, attempt, attempt.plan.prefill, record)
+    attempt.in_prefill = False
+    return handoff
 
 
 async def _prefill(fleet: Fleet, attempt: Attempt, name: str, record: Record) -> Handoff:
@@ -80,8 +90,8 @@ async def _prefill(fleet: Fleet, attempt: Attempt, name: str, record: Record) ->
     prefill = _member(fleet, name)
     submit = _submit(attempt, Role.PREFILL, None)
     unread = partial(_release, fleet, attempt)
-    with fleet.expecting(name, attempt.keys):
-        async with prefill.run(submit, attempt.computes_tokens, unread) as deltas:
+    with fleet.expecting(name, attempt.computes_tokens, attempt.keys):
+        async with prefill.run(submit, unread) as deltas:
             async for delta in deltas:
                 record.prefill_sources = delta.sources or record.prefill_sources
                 if delta.handoff is not None:

@@ -1,12 +1,14 @@
-"""The directory of replicas, read from the key-value store of Ray's GCS."""
+"""The directory of replicas and catalogues, read from the key-value store of Ray's GCS."""
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
 
+from router.catalogue.wire import Seat, SeatRecord, seat_prefix
 from workers.messages import (
     DIRECTORY_NAMESPACE,
     RENEW_S,
@@ -15,34 +17,37 @@ from workers.messages import (
     directory_prefix,
 )
 
+T = TypeVar("T", bound=msgspec.Struct)
+
 # A record that was not renewed for so long is that of a replica which is gone.
 _VOID_S = 5 * RENEW_S
 
 
 class GcsDirectory:
-    """A `Directory` of one cluster; `now` is the reader's clock."""
+    """The directory of one cluster; `now` is the reader's clock."""
 
     def __init__(self, cluster: str, now: Callable[[], float]) -> None:
-        self._prefix, self._now = directory_prefix(cluster), now
+        self._cluster, self._now = cluster, now
         self._beats: dict[str, tuple[int, float]] = {}
 
     async def replicas(self) -> Sequence[Replica]:
         """Every replica whose record is being renewed."""
+        records = await self._records(directory_prefix(self._cluster), Announcement)
+        return [r.replica for r in records if self._is_fresh(r.replica.epoch, r.beat)]
+
+    async def catalogues(self) -> Sequence[Seat]:
+        """Every catalogue whose record is being renewed."""
+        records = await self._records(seat_prefix(self._cluster), SeatRecord)
+        return [r.seat for r in records if self._is_fresh(r.seat.epoch, r.beat)]
+
+    async def _records(self, prefix: str, kind: type[T]) -> list[T]:
         try:
-            values = await asyncio.to_thread(self._read)
+            values = await asyncio.to_thread(_read, prefix)
         except (RuntimeError, RayError) as error:
             raise ConnectionError(f"GCS does not answer: {error}") from error
-        records = [record for value in values if (record := _decoded(value)) is not None]
-        return [record.replica for record in records if self._is_fresh(record)]
+        return [record for value in values if (record := _decoded(value, kind)) is not None]
 
-    def _read(self) -> list[bytes]:
-        keys = internal_kv._internal_kv_list(self._prefix, namespace=DIRECTORY_NAMESPACE)
-        get = internal_kv._internal_kv_get
-        values = (get(key, namespace=DIRECTORY_NAMESPACE) for key in keys)
-        return [value for value in values if value]
-
-    def _is_fresh(self, record: Announcement) -> bool:
-        epoch, beat = record.replica.epoch, record.beat
+    def _is_fresh(self, epoch: str, beat: int) -> bool:
         last = self._beats.get(epoch)
         if last is None or last[0] != beat:
             self._beats[epoch] = (beat, self._now())
@@ -50,9 +55,16 @@ class GcsDirectory:
         return self._now() - last[1] <= _VOID_S
 
 
-def _decoded(value: bytes) -> Announcement | None:
+def _read(prefix: str) -> list[bytes]:
+    keys = internal_kv._internal_kv_list(prefix, namespace=DIRECTORY_NAMESPACE)
+    get = internal_kv._internal_kv_get
+    values = (get(key, namespace=DIRECTORY_NAMESPACE) for key in keys)
+    return [value for value in values if value]
+
+
+def _decoded(value: bytes, kind: type[T]) -> T | None:
     """A record, or None for that of another version: it is not routable from here."""
     try:
-        return msgspec.json.decode(value, type=Announcement)
+        return msgspec.json.decode(value, type=kind)
     except msgspec.MsgspecError:
         return None

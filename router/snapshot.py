@@ -27,12 +27,16 @@ class ReplicaView:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that a plan is made from. `links` holds the warmed (prefill, decode) pairs only."""
+    """All that a plan is made from. `links` holds the warmed (prefill, decode) pairs only.
+
+    `blind`: the catalogue did not answer, so that hits of 0 mean nothing.
+    """
 
     prefill: tuple[ReplicaView, ...]
     decode: tuple[ReplicaView, ...]
     links: Mapping[tuple[str, str], LinkCurve]
     kv_bytes_per_token: int
+    blind: bool = False
 
     def without(self, names: Collection[str]) -> "Snapshot":
         """The same view less some replicas; the decode replicas stay if no other is there."""

@@ -96,14 +96,14 @@ class Pairs:
             decode.release(f"{name}.release", handoff)
 
         ask = Submit(name, Role.PREFILL, tokens, self._body)
-        async with prefill.run(ask, n_tokens, unread=release) as deltas:
+        async with prefill.run(ask, unread=release) as deltas:
             handoff = [delta async for delta in deltas][-1].handoff
         if handoff is None:
             raise ReplicaLostError(prefill.name, f"{name} ended without a handoff")
         began = asyncio.get_running_loop().time()
         try:
             take = Submit(name, Role.DECODE, tokens, self._body, handoff)
-            async with decode.run(take, 0) as deltas:
+            async with decode.run(take) as deltas:
                 async for _ in deltas:
                     break
         except WorkerError:

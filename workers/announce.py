@@ -8,6 +8,7 @@ does not renew is void: readers see `beat` stand still, so clocks need not agree
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 
 import msgspec
 from ray.exceptions import RayError
@@ -28,16 +29,21 @@ async def keep_announced(cluster: str, replica: Replica) -> None:
     """Renew a replica's record until cancelled, then withdraw it."""
     # By epoch: two engines may carry one name while one of them is stopping.
     key = directory_prefix(cluster) + replica.epoch
+    await keep(key, lambda beat: Announcement(replica, beat))
+
+
+async def keep(key: str, record: Callable[[int], msgspec.Struct]) -> None:
+    """Renew what `record` makes of a growing beat until cancelled, then withdraw it."""
     beat = 0
     try:
         while True:
-            record = msgspec.json.encode(Announcement(replica, beat))
+            value = msgspec.json.encode(record(beat))
             try:
                 await asyncio.to_thread(
-                    internal_kv._internal_kv_put, key, record, True, namespace=DIRECTORY_NAMESPACE
+                    internal_kv._internal_kv_put, key, value, True, namespace=DIRECTORY_NAMESPACE
                 )
             except (RuntimeError, RayError) as error:  # GCS restarts: the next renewal finds it
-                logger.warning("%s not announced: %s", replica.name, error)
+                logger.warning("%s not announced: %s", key, error)
             beat += 1
             await asyncio.sleep(RENEW_S)
     finally:

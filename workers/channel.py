@@ -21,10 +21,14 @@ _BACKLOG = 100_000
 
 
 class ChannelLink:
-    """A `Link` over ZMQ. Made on the running event loop; `close` ends its two tasks."""
+    """A `Link` over ZMQ. Made on the running event loop; `close` ends its two tasks.
 
-    def __init__(self, address: str, ingress: str, inbox: wire.Inbox) -> None:
-        self._address, self._ingress, self._inbox = address, ingress, inbox
+    With `follow` the replica tells its blocks too.
+    """
+
+    def __init__(self, address: str, ingress: str, inbox: wire.Inbox, follow: bool = False) -> None:
+        self._address, self._inbox = address, inbox
+        self._hello = wire.Hello(ingress, follow)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.SNDHWM, _BACKLOG)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -52,7 +56,7 @@ class ChannelLink:
 
     async def _greet(self) -> None:
         while True:
-            self.send(wire.Hello(self._ingress))
+            self.send(self._hello)
             await asyncio.sleep(_HELLO_EVERY_S)
 
     async def _receive(self) -> None:
@@ -62,3 +66,5 @@ class ChannelLink:
                 self._inbox.receive(wire.decode_reply(frame, self._address))
             except WireError as error:
                 logger.warning("message dropped: %s", error)
+            # A message that is there already does not give the loop a turn.
+            await asyncio.sleep(0)

@@ -13,7 +13,7 @@ import msgspec
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a replica of another version is not routable.
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 
 # vLLM's kv_transfer_params: where a finished prefill's blocks lie. Opaque to the router.
@@ -74,10 +74,12 @@ def directory_prefix(cluster: str) -> str:
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Open or keep open a connection; the replica answers the first with `Welcome`.
 
-    Repeated every second: a replica aborts the requests of an ingress that falls silent.
+    Repeated every second: a replica aborts the requests of an ingress that falls silent. With
+    `follow` its blocks are told too.
     """
 
     ingress: str
+    follow: bool = False
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -198,13 +200,15 @@ class Blocks(msgspec.Struct, frozen=True, tag="blocks"):
     """A change of what the engine's paged KV holds, in catalogue keys, stripped of tokens.
 
     Keys are 16 bytes each, concatenated. `sequence` grows by one a message; a receiver that
-    misses one sends `Resync`. With `snapshot`, `stored` is everything held.
+    misses one sends `Resync`. With `snapshot`, `stored` is everything held. `at_s` is when the
+    engine reported it, in seconds since 1970 of its node's clock; 0 if that does not matter.
     """
 
     sequence: int
     stored: bytes = b""
     removed: bytes = b""
     snapshot: bool = False
+    at_s: float = 0.0
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):

@@ -14,12 +14,13 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from kv.block import unpack_tokens
+from kv.block import KEY_BYTES, unpack_tokens
 from workers import messages as wire
 from workers.errors import EngineDeadError, WireError
 
 if TYPE_CHECKING:
     from workers.engine import Engine, StepReport
+    from workers.mirror import Change
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ _LOAD_EVERY_S = 1.0
 _STALL_S = 30.0
 # How long the handoff of an aborted prefill may still come.
 _LATE_S = 5.0
+# A snapshot goes in pieces: a catalogue takes in 2,048 blocks in about a millisecond and answers
+# ingresses in between.
+_SNAPSHOT_BYTES = 2048 * KEY_BYTES
 # Messages queued for an ingress that does not read, before it is taken for lost.
 _BACKLOG = 100_000
 
@@ -80,7 +84,7 @@ class ReplicaServer:
 
     def report(self, report: "StepReport") -> None:
         """A step's outcome; called on the engine's thread."""
-        self._loop.call_soon_threadsafe(self._publish, report)
+        self._loop.call_soon_threadsafe(self._publish, report, time.time())
 
     def show_lanes(self, lanes: tuple[str, ...]) -> None:
         """The transports that UCX chose, as far as known."""
@@ -111,8 +115,8 @@ class ReplicaServer:
 
     def _handle(self, identity: bytes, message: wire.Request) -> None:
         match message:
-            case wire.Hello(ingress=ingress):
-                self._hello(identity, ingress)
+            case wire.Hello():
+                self._hello(identity, message)
             case wire.Submit():
                 self._submit(identity, message)
             case wire.Abort(request_ids=request_ids):
@@ -124,15 +128,16 @@ class ReplicaServer:
             case wire.Reset():
                 self._engine.forget()
 
-    def _hello(self, identity: bytes, ingress: str) -> None:
+    def _hello(self, identity: bytes, hello: wire.Hello) -> None:
         peer = self._peers.get(identity)
         if peer is not None:
             peer.heard_at = time.monotonic()
             return
-        self._peers[identity] = _Peer(ingress, time.monotonic())
+        self._peers[identity] = _Peer(hello.ingress, time.monotonic())
         self._send(identity, wire.Welcome(self._replica))
         self._send(identity, self._current_load())
-        self._snapshot(identity)
+        if hello.follow:
+            self._snapshot(identity)
 
     def _snapshot(self, identity: bytes) -> None:
         # Taken on the engine's thread, between two steps, so that the deltas which follow it
@@ -144,9 +149,16 @@ class ReplicaServer:
 
     def _follow(self, identity: bytes, keys: bytes) -> None:
         peer = self._peers.get(identity)
-        if peer is not None:
-            peer.following = True
-            self._send(identity, wire.Blocks(peer.sequence, stored=keys, snapshot=True))
+        if peer is None:
+            return
+        peer.following = True
+        self._send(
+            identity, wire.Blocks(peer.sequence, stored=keys[:_SNAPSHOT_BYTES], snapshot=True)
+        )
+        for start in range(_SNAPSHOT_BYTES, len(keys), _SNAPSHOT_BYTES):
+            peer.sequence += 1
+            stored = keys[start : start + _SNAPSHOT_BYTES]
+            self._send(identity, wire.Blocks(peer.sequence, stored=stored))
 
     def _submit(self, identity: bytes, message: wire.Submit) -> None:
         from workers import work
@@ -185,7 +197,7 @@ class ReplicaServer:
 
     # ------------------------------------------------------------------ what goes out
 
-    def _publish(self, report: "StepReport") -> None:
+    def _publish(self, report: "StepReport", at_s: float) -> None:
         self._load = report.load
         by_peer: dict[bytes, list[wire.Delta]] = {}
         for delta in report.deltas:
@@ -198,7 +210,7 @@ class ReplicaServer:
             self._send(identity, wire.Step(deltas))
         self._note_quiet()
         if report.change:
-            self._tell_blocks(report.change.stored, report.change.removed)
+            self._tell_blocks(report.change, at_s)
 
     def _late(self, delta: wire.Delta) -> bytes | None:
         """Whom to give the handoff of a prefill that had finished when its abort came: its
@@ -207,11 +219,13 @@ class ReplicaServer:
             return None
         return self._aborted.pop(delta.request_id, (None, 0.0))[0]
 
-    def _tell_blocks(self, stored: bytes, removed: bytes) -> None:
+    def _tell_blocks(self, change: "Change", at_s: float) -> None:
         for identity, peer in list(self._peers.items()):
             if peer.following:
                 peer.sequence += 1
-                self._send(identity, wire.Blocks(peer.sequence, stored, removed))
+                stored, removed = change.stored, change.removed
+                blocks = wire.Blocks(peer.sequence, stored, removed, at_s=at_s)
+                self._send(identity, blocks)
 
     async def _beat(self) -> None:
         while True:

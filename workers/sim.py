@@ -125,9 +125,9 @@ class SimEngine:
         self._crashed = False
         self._refusals = 0
 
-    def connect(self, inbox: wire.Inbox, ingress: str = "ingress") -> SimLink:
-        """A link to this engine."""
-        return SimLink(ingress, inbox, self._hear)
+    def connect(self, inbox: wire.Inbox, ingress: str = "ingress", follow: bool = False) -> SimLink:
+        """A link to this engine; with `follow` its blocks are told too."""
+        return SimLink(wire.Hello(ingress, follow), inbox, self._hear)
 
     # ------------------------------------------------------------------ faults
 
@@ -182,8 +182,8 @@ class SimEngine:
             return
         peer = self._peers.get(link)
         match request:
-            case wire.Hello():
-                self._hello(link, peer)
+            case wire.Hello(follow=follow):
+                self._hello(link, peer, follow)
             case wire.Resync() if peer is not None:
                 self._snapshot(peer)
             case wire.Submit() if peer is not None:
@@ -196,14 +196,15 @@ class SimEngine:
                 self._steps.pages.clear()
                 self._report([])
 
-    def _hello(self, link: SimLink, peer: _Peer | None) -> None:
+    def _hello(self, link: SimLink, peer: _Peer | None, follow: bool) -> None:
         if peer is not None:
             peer.heard_at = self._loop.time()
             return
         peer = self._peers[link] = _Peer(link, self._loop.time())
         link.tell(wire.Welcome(self.replica))
         link.tell(self.load())
-        self._snapshot(peer)
+        if follow:
+            self._snapshot(peer)
 
     def _snapshot(self, peer: _Peer) -> None:
         self._report([])  # pending changes are part of the snapshot, not news after it

@@ -30,9 +30,9 @@ class SimLink:
     """A `Link` to a simulated engine; `hear` is what the engine does with a message."""
 
     def __init__(
-        self, ingress: str, inbox: wire.Inbox, hear: Callable[["SimLink", wire.Request], None]
+        self, hello: wire.Hello, inbox: wire.Inbox, hear: Callable[["SimLink", wire.Request], None]
     ) -> None:
-        self.ingress, self._inbox, self._hear = ingress, inbox, hear
+        self._hello, self._inbox, self._hear = hello, inbox, hear
         self._closed = False
         self._up = _Wire(self._arrive)
         self._down = _Wire(self._answer)
@@ -53,11 +53,11 @@ class SimLink:
         self._greeting.cancel()
 
     def _greet(self) -> None:
-        self.send(wire.Hello(self.ingress))
+        self.send(self._hello)
         self._greeting = asyncio.get_running_loop().call_later(HELLO_EVERY_S, self._greet)
 
     def _arrive(self, frame: bytes) -> None:
-        self._hear(self, wire.decode_request(frame, self.ingress))
+        self._hear(self, wire.decode_request(frame, self._hello.ingress))
 
     def _answer(self, frame: bytes) -> None:
         if not self._closed:

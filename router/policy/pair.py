@@ -117,6 +117,8 @@ def _crowding_s(decode: ReplicaView) -> float:
 def _reason(question: Question, best: _Candidate, candidates: int) -> Reason:
     if question.local_only:
         return Reason.PROMPT_LOGPROBS
+    if question.snapshot.blind:
+        return Reason.NO_CATALOGUE
     if candidates == 1:
         return Reason.ONLY_REPLICA
     if not question.snapshot.prefill:

@@ -42,7 +42,7 @@ async def test_a_real_replica_does_what_the_simulator_does(
 
     def to(replica: Replica):  # type: ignore[no-untyped-def]
         def connect(inbox: Inbox) -> Link:
-            return ChannelLink(replica.address, "contract", inbox)
+            return ChannelLink(replica.address, "contract", inbox, follow=True)
 
         return connect
 

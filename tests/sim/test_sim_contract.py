@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 
@@ -27,6 +28,7 @@ async def test_the_simulator_keeps_the_contract(
         prefill, decode = (
             cluster.start(sim_replica(f"{role}-0", role, COSTS), COSTS) for role in Role
         )
-        await behaviour(Stage(prefill.connect, decode.connect, prompt, sim_body))
+        sides = (partial(engine.connect, follow=True) for engine in (prefill, decode))
+        await behaviour(Stage(*sides, prompt, sim_body))
         for engine in (prefill, decode):
             engine.check_integrity()

@@ -367,7 +367,7 @@ async def test_a_snapshot_replaces_what_was_known() -> None:
     async with world() as here:
         await here.ask(request("r", range(1000), 3))
         await here.quiet()
-        member = here.fleet.members()[-1]
+        member = here.node.roster.members()[-1]
         member.receive(Blocks(1000, stored=b"k" * 16, snapshot=True))
         assert here.fleet.cached_blocks(member) == 1
 

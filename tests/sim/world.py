@@ -2,24 +2,29 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from kv.block import pack_tokens, split_keys
 from router.admission import Admission
 from router.audit import Audit, Record
+from router.catalogue.node import CatalogueNode
+from router.catalogue.wire import Beat, Expect, Found
 from router.context import RequestContext
 from router.fleet import Fleet
+from router.member import Member
 from router.pipeline import Pipeline
 from router.request import Request
-from workers.messages import Replica, Role
+from workers.messages import Inbox, Link, Replica, Role
 from workers.sim import SimCluster, SimCosts, SimEngine, sim_answer, sim_body, sim_replica
 
 COSTS = SimCosts()
 # Virtual seconds that a world may take: replicas beat for ever, so a deadlock shows as this
 # timeout, within seconds of real time.
 LIMIT_S = 3600.0
+# One way of a question to the catalogue and back; a real one takes about as long.
+LINE_S = 0.0002
 
 
 class SimDirectory:
@@ -33,6 +38,37 @@ class SimDirectory:
         if self.down:
             raise OSError("directory down")
         return tuple(self.announced.values())
+
+
+class SimLine:
+    """A line to the catalogue on the event loop's clock; `down` loses what is sent and asked."""
+
+    def __init__(self, node: CatalogueNode, ingress: str) -> None:
+        self._node, self._ingress = node, ingress
+        self.down = False
+
+    @property
+    def up(self) -> bool:
+        return not self.down
+
+    async def look(self, keys: bytes) -> Found | None:
+        await asyncio.sleep(LINE_S)
+        return None if self.down else self._node.holdings.look(self._ingress, split_keys(keys))
+
+    def expect(self, expect: Expect) -> None:
+        if not self.down:
+            self._later(self._node.holdings.expect, expect)
+
+    def met(self, name: str) -> None:
+        if not self.down:
+            self._later(self._node.holdings.met, name)
+
+    @property
+    def beat(self) -> Beat:
+        return Beat() if self.down else self._node.beat()
+
+    def _later(self, act: Callable[..., None], what: object) -> None:
+        asyncio.get_running_loop().call_later(LINE_S, act, self._ingress, what)
 
 
 class SilentObserver:
@@ -49,10 +85,12 @@ class SilentObserver:
 
 @dataclass(slots=True)
 class World:
-    """One ingress's router over a simulated cluster."""
+    """One ingress's router and a catalogue over a simulated cluster."""
 
     cluster: SimCluster
     directory: SimDirectory
+    node: CatalogueNode
+    line: SimLine
     fleet: Fleet
     pipeline: Pipeline
     admission: Admission
@@ -68,6 +106,24 @@ class World:
     def engine(self, name: str) -> SimEngine:
         return self.cluster.engines[name]
 
+    def ingress(self, name: str) -> "World":
+        """A second ingress over the same cluster and catalogue; started with `watching`."""
+        announced = self.directory.announced.values()
+        prefill = any(replica.role is Role.PREFILL for replica in announced)
+        return _world(self.cluster, self.directory, self.node, name, prefill, 10_000, self.costs)
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator["World"]:
+        """While the block lasts, the fleet follows who is there."""
+        task = asyncio.create_task(self.fleet.watch())
+        try:
+            await self.warmed()
+            yield self
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self.fleet.close()
+
     async def warmed(self) -> None:
         """Returns when every pair is routable."""
         await self.quiet()
@@ -81,7 +137,8 @@ class World:
         pairs = roles.count(Role.PREFILL) * roles.count(Role.DECODE)
         up = {m.replica.epoch for m in self.fleet.members() if m.up and not m.requests}
         met = len(self.fleet.pairs.links) >= pairs and self.fleet.ready()
-        return met and {replica.epoch for replica in announced} <= up
+        followed = {m.replica.epoch for m in self.node.roster.members() if m.up}
+        return met and {replica.epoch for replica in announced} <= up & followed
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -107,16 +164,15 @@ class World:
     def check(self) -> None:
         """Nothing is held anywhere, and the catalogue is what the engines hold."""
         assert self.admission.held == 0
+        assert self.fleet.expected == 0
         for member in self.fleet.members():
             assert member.requests == 0
-            assert member.queued_tokens == 0, member.load
             engine = self.cluster.engines[member.name]
             engine.check_integrity()
             assert idle(engine), engine.load()
             assert self.fleet.cached_blocks(member) == len(split_keys(engine.cached()))
             for key in split_keys(engine.cached()):
-                holders = {holder.replica for holder in self.fleet.catalogue.depths([key])}
-                assert member.name in holders
+                assert member.replica.epoch in self.node.holdings.look("", [key]).depths
 
 
 def idle(engine: SimEngine) -> bool:
@@ -137,29 +193,45 @@ async def world(
     async with asyncio.timeout(LIMIT_S), SimCluster() as cluster:
         directory = SimDirectory()
         now = asyncio.get_running_loop().time
-        fleet = Fleet(
-            directory,
-            lambda replica, member: cluster.engines[replica.name].connect(member),
-            sim_body(1),
-            now,
-            random.Random(0),
-            expects_prefill=prefill > 0,
-        )
-        admission, audit = Admission(limit), Audit(now, SilentObserver(), kept=100_000)
-        pipeline = Pipeline(fleet, admission, audit, now, 0.5)
-        made = World(cluster, directory, fleet, pipeline, admission, audit, costs)
+
+        def follow(replica: Replica, inbox: Inbox) -> Link:
+            return cluster.engines[replica.name].connect(inbox, "catalogue", follow=True)
+
+        node = CatalogueNode(directory, follow, now)
+        made = _world(cluster, directory, node, "ingress", prefill > 0, limit, costs)
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
             for index in range(count):
                 made.start(f"{role}-{index}", role, kv_blocks=kv_blocks)
-        watching = asyncio.create_task(fleet.watch())
+        following = asyncio.create_task(node.watch())
         try:
-            await made.warmed()
-            yield made
+            async with made.watching():
+                yield made
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
-            fleet.close()
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
     assert asyncio.all_tasks() == before
+
+
+def _world(
+    cluster: SimCluster,
+    directory: SimDirectory,
+    node: CatalogueNode,
+    name: str,
+    expects_prefill: bool,
+    limit: int,
+    costs: SimCosts,
+) -> World:
+    now = asyncio.get_running_loop().time
+
+    def connect(replica: Replica, member: Member) -> Link:
+        return cluster.engines[replica.name].connect(member, name)
+
+    line = SimLine(node, name)
+    rng = random.Random(name)
+    fleet = Fleet(directory, connect, line, sim_body(1), now, rng, expects_prefill)
+    admission, audit = Admission(limit), Audit(now, SilentObserver(), kept=100_000)
+    pipeline = Pipeline(fleet, admission, audit, now, 0.5)
+    return World(cluster, directory, node, line, fleet, pipeline, admission, audit, costs)
 
 
 def request(name: str, token_ids: Sequence[int], max_tokens: int, **fields: object) -> Request:

@@ -143,6 +143,7 @@ def test_words_on_the_wire_are_stable() -> None:
         "cheaper_local",
         "cheaper_remote",
         "no_prefill_replica",
+        "no_catalogue",
         "prompt_logprobs",
         "least_loaded",
         "prefill_lost",

@@ -47,7 +47,7 @@ class NotingLink:
 class Seat:
     """A welcomed member, what it sent, and what it was told of blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, probe: Submit | None = None) -> None:
         self.link = NotingLink()
         self.blocks: list[Blocks] = []
         self.unread: list[dict[str, Any]] = []
@@ -56,6 +56,7 @@ class Seat:
             lambda _: self.link,
             lambda _, blocks: self.blocks.append(blocks),
             asyncio.get_running_loop().time,
+            None if probe is None else lambda: probe,
         )
         assert not self.member.up
         self.member.receive(Welcome(REPLICA))
@@ -67,9 +68,7 @@ class Seat:
 
         async def client() -> list[Delta]:
             seen = []
-            async with self.member.run(
-                submit, len(submit.tokens) // 4, self.unread.append
-            ) as deltas:
+            async with self.member.run(submit, self.unread.append) as deltas:
                 async for delta in deltas:
                     seen.append(delta)
                     if len(seen) == leave_after:
@@ -96,23 +95,7 @@ async def test_deltas_come_until_one_has_a_finish_reason() -> None:
     seat.say(DONE)
     assert await task == [first, DONE]
     assert seat.link.sent == [SUBMIT]
-    assert (seat.member.requests, seat.member.queued_tokens, seat.unread) == (0, 0, [])
-
-
-async def test_what_was_sent_counts_as_queued_until_it_is_answered() -> None:
-    """Load reports lag; two requests in one instant must not see the same idle replica."""
-    seat = Seat()
-    task = seat.run()
-    await settled()
-    assert seat.member.queued_tokens == 40
-    seat.member.receive(Load(pending_prefill_tokens=100))
-    assert seat.member.queued_tokens == 100
-    seat.member.receive(Load())
-    seat.say(Delta("r1", [1]))
-    await settled()
-    assert (seat.member.queued_tokens, seat.member.requests) == (0, 1)
-    seat.say(DONE)
-    await task
+    assert (seat.member.requests, seat.unread) == (0, [])
 
 
 async def test_leaving_early_aborts() -> None:
@@ -135,7 +118,7 @@ async def test_cancelling_aborts() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert seat.link.sent == [SUBMIT, Abort(["r1"])]
-    assert (seat.member.requests, seat.member.queued_tokens) == (0, 0)
+    assert seat.member.requests == 0
 
 
 async def test_a_handoff_that_crossed_the_abort_is_unread() -> None:
@@ -209,7 +192,7 @@ async def test_losing_it_fails_every_request() -> None:
     with pytest.raises(ReplicaLostError, match=r"silent for 3\.2 s"):
         await task
     assert seat.link.sent == [SUBMIT]
-    assert (seat.member.up, seat.member.requests, seat.member.queued_tokens) == (False, 0, 0)
+    assert (seat.member.up, seat.member.requests) == (False, 0)
 
 
 async def test_a_second_welcome_loses_what_ran() -> None:
@@ -233,6 +216,40 @@ async def test_another_engine_s_welcome_is_not_this_replica() -> None:
     """A restart under the same address is void until the directory names its epoch."""
     seat = Seat()
     seat.member.receive(Welcome(sim_replica("decode-0", Role.DECODE, SimCosts(), epoch="2")))
+    assert not seat.member.up
+
+
+PROBE = Submit("probe", Role.DECODE, pack_tokens([1]), b"")
+
+
+async def test_it_is_up_once_a_probe_is_answered() -> None:
+    """A process that welcomes may still hang: only its engine's answer makes it routable."""
+    seat = Seat(PROBE)
+    assert seat.link.sent == [PROBE]
+    seat.member.receive(Load())
+    assert not seat.member.up
+    seat.say(Delta("probe", [1], "length"))
+    assert seat.member.up
+
+
+async def test_a_probe_without_an_answer_is_sent_again() -> None:
+    """Lost or refused, it is aborted and tried anew while the replica beats."""
+    seat = Seat(PROBE)
+    seat.say(Delta("probe", [], "error", error="no room"))
+    for _ in range(6):
+        await asyncio.sleep(1.0)
+        seat.member.receive(Load())
+    assert not seat.member.up
+    assert seat.link.sent == [PROBE, Abort(["probe"]), PROBE]
+    seat.say(Delta("probe", [1], "length"))
+    assert seat.member.up
+
+
+async def test_a_lost_replica_is_not_proved_by_an_old_probe() -> None:
+    """An answer that comes after it was given up says nothing of now."""
+    seat = Seat(PROBE)
+    seat.member.lose("silent")
+    seat.say(Delta("probe", [1], "length"))
     assert not seat.member.up
 
 

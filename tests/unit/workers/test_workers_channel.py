@@ -105,7 +105,7 @@ async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
     monkeypatch.setattr(channel, "_HELLO_EVERY_S", 0.05)
     served, engine, inbox = ReplicaServer("127.0.0.1"), NotingEngine(), Inbox()
     serving = asyncio.create_task(served.serve(engine, REPLICA))  # type: ignore[arg-type]
-    link = ChannelLink(served.address, "ingress-0", inbox)
+    link = ChannelLink(served.address, "ingress-0", inbox, follow=True)
     await until(lambda: inbox.of(Blocks))
     yield Pair(served, engine, serving, inbox, link)
     link.close()

@@ -1,0 +1,1 @@
+"""The catalogue process: who holds which block, and what every ingress has sent where."""

@@ -1,0 +1,114 @@
+"""What a catalogue process knows: blocks that replicas hold, and blocks that they will."""
+
+from collections.abc import Sequence
+
+from kv.block import split_keys
+from kv.catalogue import Catalogue, Delta, Holder, Tier
+from router.catalogue.wire import Expect, Found, Taken
+from workers.messages import Blocks
+
+
+class Expectations:
+    """What one ingress has sent to replicas and they have not answered.
+
+    While a replica computes a prompt it counts as holding its blocks: siblings of a request that
+    is under way follow it instead of computing the same prefix elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._blocks = Catalogue(shards=1)
+        self._open: dict[str, Expect] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self) -> tuple[Expect, ...]:
+        """All that is expected, oldest first."""
+        return tuple(self._open.values())
+
+    def add(self, expect: Expect) -> None:
+        """Until `remove`; a name that is open already is replaced."""
+        self.remove(expect.name)
+        self._open[expect.name] = expect
+        self._blocks.add(_holder(expect.epoch), split_keys(expect.keys))
+
+    def remove(self, name: str) -> None:
+        """Nothing, where the name is unknown."""
+        expect = self._open.pop(name, None)
+        if expect is not None:
+            # A sibling's own expectation may go with this one; that costs a prediction only.
+            self._blocks.remove(_holder(expect.epoch), split_keys(expect.keys))
+
+    def depths(self, keys: Sequence[bytes]) -> dict[str, int]:
+        """Leading blocks that are expected, by epoch."""
+        return {holder.replica: depth for holder, depth in self._blocks.depths(keys).items()}
+
+    def taken(self) -> dict[str, Taken]:
+        """What each replica was sent."""
+        taken: dict[str, Taken] = {}
+        for expect in self._open.values():
+            tokens = expect.prefill_tokens
+            one = Taken(1, int(tokens > 0), tokens)
+            taken[expect.epoch] = taken.get(expect.epoch, Taken()).plus(one)
+        return taken
+
+
+class Holdings:
+    """The catalogue of a cluster, and every ingress's expectations."""
+
+    def __init__(self) -> None:
+        self._catalogue = Catalogue()
+        self._expected: dict[str, Expectations] = {}
+
+    def follow(self, epoch: str, blocks: Blocks) -> None:
+        """A replica's snapshot, or its next change."""
+        holder = _holder(epoch)
+        stored, removed = tuple(split_keys(blocks.stored)), tuple(split_keys(blocks.removed))
+        self._catalogue.apply(Delta(holder, stored, removed, cleared=blocks.snapshot))
+
+    def forget(self, epoch: str) -> None:
+        """A replica is gone, with all its blocks."""
+        self._catalogue.forget(_holder(epoch))
+
+    def sweep(self, max_shards: int) -> None:
+        """Give the memory of forgotten replicas back, a little at a time."""
+        self._catalogue.sweep(max_shards)
+
+    def blocks(self, epoch: str) -> int:
+        """Blocks that a replica holds."""
+        return self._catalogue.blocks(_holder(epoch))
+
+    def expect(self, ingress: str, expect: Expect) -> None:
+        """An ingress has sent a request."""
+        self._expected.setdefault(ingress, Expectations()).add(expect)
+
+    def met(self, ingress: str, name: str) -> None:
+        """It was answered, or is over."""
+        if ingress in self._expected:
+            self._expected[ingress].remove(name)
+
+    def leave(self, ingress: str) -> None:
+        """An ingress is gone, with all that it expected."""
+        self._expected.pop(ingress, None)
+
+    def look(self, ingress: str, keys: Sequence[bytes]) -> Found:
+        """What is held, and what the other ingresses expect; an ingress knows its own better."""
+        depths = {h.replica: depth for h, depth in self._catalogue.depths(keys).items()}
+        taken: dict[str, Taken] = {}
+        for other, expected in self._expected.items():
+            if other == ingress or not len(expected):
+                continue
+            deepen(depths, expected.depths(keys))
+            for epoch, more in expected.taken().items():
+                taken[epoch] = taken.get(epoch, Taken()).plus(more)
+        return Found(depths, taken)
+
+
+def deepen(depths: dict[str, int], more: dict[str, int]) -> None:
+    """The deeper of both, in place."""
+    for epoch, depth in more.items():
+        depths[epoch] = max(depth, depths.get(epoch, 0))
+
+
+def _holder(epoch: str) -> Holder:
+    return Holder(epoch, Tier.DEVICE)

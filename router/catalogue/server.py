@@ -1,0 +1,96 @@
+"""A catalogue's end of its lines: ZMQ ROUTER in front of the holdings."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+
+import zmq
+import zmq.asyncio
+
+from kv.block import split_keys
+from router.catalogue import wire
+from router.catalogue.holdings import Holdings
+from workers.errors import WireError
+
+logger = logging.getLogger(__name__)
+
+# An ingress says Hello every second; what one expects that says nothing is dropped after this.
+SILENCE_S = 3.0
+BEAT_S = 0.25
+_BACKLOG = 10_000
+
+
+class CatalogueServer:
+    """Answers ingresses until cancelled. `beat` gives what each beat says."""
+
+    def __init__(
+        self,
+        host: str,
+        holdings: Holdings,
+        beat: Callable[[], wire.Beat],
+        now: Callable[[], float],
+    ) -> None:
+        self._holdings, self._beat, self._now = holdings, beat, now
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.SNDHWM, _BACKLOG)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
+        self._heard: dict[bytes, float] = {}
+
+    async def serve(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive())
+                tasks.create_task(self._beats())
+        finally:
+            self._context.destroy(linger=0)
+
+    def ingresses(self) -> Mapping[bytes, float]:
+        """Who is connected, and when each was heard last."""
+        return self._heard
+
+    async def _receive(self) -> None:
+        while True:
+            identity, *frames = await self._socket.recv_multipart()
+            try:
+                question = wire.decode_question(b"".join(frames), identity.hex())
+            except WireError as error:
+                logger.warning("message dropped: %s", error)
+                continue
+            self._heard[identity] = self._now()
+            self._handle(identity, question)
+
+    def _handle(self, identity: bytes, question: wire.Question) -> None:
+        match question:
+            case wire.Hello():
+                self._send(identity, self._beat())
+            case wire.Look(number=number, keys=keys):
+                found = self._holdings.look(identity.hex(), split_keys(keys))
+                self._send(identity, wire.Answer(number, found))
+            case wire.Expect():
+                self._holdings.expect(identity.hex(), question)
+            case wire.Met(name=name):
+                self._holdings.met(identity.hex(), name)
+
+    async def _beats(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self._drop_silent()
+            beat = self._beat()
+            for identity in self._heard:
+                self._send(identity, beat)
+
+    def _drop_silent(self) -> None:
+        for identity, heard_at in list(self._heard.items()):
+            if self._now() - heard_at > SILENCE_S:
+                del self._heard[identity]
+                self._holdings.leave(identity.hex())
+
+    def _send(self, identity: bytes, message: wire.Reply) -> None:
+        # A full queue is an ingress that does not read: it plans without us and is told again.
+        with contextlib.suppress(zmq.Again):
+            self._socket.send_multipart([identity, wire.encode(message)], zmq.NOBLOCK)

@@ -1,0 +1,162 @@
+"""A line over real ZMQ sockets on loopback, to a catalogue in this process."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import zmq
+import zmq.asyncio
+
+from router.catalogue.client import CatalogueLine
+from router.catalogue.holdings import Holdings
+from router.catalogue.server import CatalogueServer
+from router.catalogue.wire import Beat, Expect, Seat, Taken
+from workers.messages import Blocks
+
+KEY = b"k" * 16
+WAIT_S = 10.0
+
+
+@dataclass(slots=True)
+class Seats:
+    """Who is announced; tests change the list."""
+
+    announced: list[Seat] = field(default_factory=list)
+
+    async def catalogues(self) -> Sequence[Seat]:
+        return self.announced
+
+
+@dataclass(slots=True)
+class Catalogue:
+    """A running catalogue server and what it holds."""
+
+    holdings: Holdings
+    server: CatalogueServer
+    seat: Seat
+
+
+@asynccontextmanager
+async def catalogue(name: str = "catalogue-0", node: str = "here") -> AsyncIterator[Catalogue]:
+    now = asyncio.get_running_loop().time
+    holdings = Holdings()
+    holdings.follow("a", Blocks(0, stored=KEY, snapshot=True))
+    server = CatalogueServer("127.0.0.1", holdings, lambda: Beat(1, {"a": 1}, 0.0), now)
+    task = asyncio.create_task(server.serve())
+    try:
+        yield Catalogue(holdings, server, Seat(name, name, server.address, node))
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def line(seats: Seats, name: str = "ingress-0") -> AsyncIterator[CatalogueLine]:
+    made = CatalogueLine(seats, name, "here", asyncio.get_running_loop().time)
+    task = asyncio.create_task(made.watch())
+    try:
+        yield made
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(true: Callable[[], bool], _what: str) -> None:
+    """Returns when it is true; `what` is for who reads the failure."""
+    async with asyncio.timeout(WAIT_S):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_it_answers_what_it_holds() -> None:
+    """Found by the keys, and its beat says how much there is."""
+    async with catalogue() as here, line(Seats([here.seat])) as asking:
+        await until(lambda: asking.up, "an answer")
+        found = await asking.look(KEY)
+        assert found is not None
+        assert found.depths == {"a": 1}
+        assert asking.beat.blocks == {"a": 1}
+
+
+async def test_two_lines_see_each_other_s_expectations() -> None:
+    """And lose them when they are met, or when the other one is gone."""
+    async with catalogue() as here, line(Seats([here.seat])) as one:
+        async with line(Seats([here.seat]), "ingress-1") as other:
+            await until(lambda: one.up and other.up, "two lines")
+            other.expect(Expect("1", "b", 64, KEY))
+            other.expect(Expect("2", "b", 32))
+            other.met("2")
+            await asyncio.sleep(0.05)
+            found = await one.look(KEY)
+            assert found is not None
+            assert found.depths == {"a": 1, "b": 1}
+            assert found.taken == {"b": Taken(1, 1, 64)}
+            mine = await other.look(KEY)
+            assert mine is not None
+            assert mine.taken == {}
+        await until(lambda: len(here.server.ingresses()) == 1, "the other one to be dropped")
+        found = await one.look(KEY)
+        assert found is not None
+        assert found.taken == {}
+
+
+async def test_a_new_catalogue_is_told_what_is_expected() -> None:
+    """One that restarts elsewhere is found, and knows what is still under way."""
+    seats = Seats()
+    async with line(seats) as asking, line(seats, "ingress-1") as other:
+        async with catalogue("old") as old:
+            seats.announced = [old.seat]
+            await until(lambda: asking.up and other.up, "two lines")
+            asking.expect(Expect("1", "b", 64, KEY))
+        async with catalogue("new") as new:
+            seats.announced = [new.seat]
+            await until(lambda: len(new.server.ingresses()) == 2, "both to turn to the new one")
+            await until(lambda: asking.up and other.up, "its beats")
+            found = await other.look(KEY)
+            assert found is not None
+            assert found.taken == {"b": Taken(1, 1, 64)}
+
+
+async def test_one_that_hangs_costs_a_bounded_wait_and_then_none() -> None:
+    """A socket that takes questions and answers none: a look ends in time, and once silence is
+    noticed at once."""
+    context = zmq.asyncio.Context()
+    socket = context.socket(zmq.ROUTER)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    seat = Seat("mute", "mute", f"tcp://127.0.0.1:{port}", "here")
+    async with catalogue() as here:
+        seats = Seats([here.seat])
+        async with line(seats) as asking:
+            await until(lambda: asking.up, "an answer")
+            here.server._socket.close()  # it is gone without a word
+            now = asyncio.get_running_loop().time
+            began = now()
+            assert await asking.look(KEY) is None
+            assert now() - began < 1.0
+            seats.announced = [seat]
+            await until(lambda: not asking.up, "its silence")
+            began = now()
+            assert await asking.look(KEY) is None
+            assert now() - began < 0.05
+    context.destroy(linger=0)
+
+
+async def test_the_catalogue_of_the_own_node_is_preferred() -> None:
+    """All ingresses of a node ask the same one; another node's serves where there is none."""
+    async with catalogue("a", "elsewhere") as far, catalogue("b", "here") as near:
+        for seats, chosen in (([far.seat, near.seat], near), ([far.seat], far)):
+            async with line(Seats(list(seats))) as asking:
+                await until(lambda: asking.up, "an answer")
+                assert list(chosen.server.ingresses())
+
+
+async def test_bytes_that_are_no_message_end_nothing() -> None:
+    """The catalogue drops them and goes on."""
+    async with catalogue() as here, line(Seats([here.seat])) as asking:
+        rogue = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        rogue.connect(here.seat.address)
+        await rogue.send(b"\xff nonsense")
+        await until(lambda: asking.up, "an answer")
+        assert await asking.look(KEY) is not None
+        rogue.close(linger=0)
