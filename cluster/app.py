@@ -1,5 +1,6 @@
 """From a configuration to Ray Serve deployments: what runs where, with which environment."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,20 @@ _ENGINE_STOP_S = 15.0
 _START_TRIES = 2
 
 
-def build(config: Config, model: Path | str, scratch: Path, secret: bytes) -> Application:
-    """The Serve application: ingress, catalogue, prefill pool and decode pool."""
+def build(
+    config: Config,
+    model: Path | str,
+    scratch: Path,
+    secret: bytes,
+    restarts: Mapping[str, int],
+) -> Application:
+    """The Serve application: ingress, catalogue, prefill pool and decode pool.
+
+    Deployed again, Serve replaces the replicas of those pools whose count in `restarts` grew.
+    """
     pools = [
-        _engines(config, Role.PREFILL, config.prefill, model, scratch),
-        _engines(config, Role.DECODE, config.decode, model, scratch),
+        _engines(config, Role.PREFILL, config.prefill, model, scratch, restarts),
+        _engines(config, Role.DECODE, config.decode, model, scratch, restarts),
     ]
     others = [_catalogue(config), *(pool for pool in pools if pool is not None)]
     return _ingress(config, model, secret, others)
@@ -38,7 +48,12 @@ def engine_options(config: Config, pool: Pool | None) -> dict[str, Any]:
 
 
 def _engines(
-    config: Config, role: Role, pool: Pool, model: Path | str, scratch: Path
+    config: Config,
+    role: Role,
+    pool: Pool,
+    model: Path | str,
+    scratch: Path,
+    restarts: Mapping[str, int],
 ) -> Application | None:
     if pool.replicas == 0:
         return None
@@ -67,9 +82,21 @@ def _engines(
         graceful_shutdown_timeout_s=config.ingress.drain_s + _ENGINE_STOP_S,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=_START_TRIES,
+        max_surge_percent=_one_of(pool.replicas) if pool.surge else 0,
         **_bundles(config, pool),
     )
-    return deployment.bind(APP, settings)
+    return _versioned(deployment, restarts.get(role, 0)).bind(APP, settings)
+
+
+def _one_of(replicas: int) -> int:
+    """Percent of a pool that Serve rounds up to one replica."""
+    return max(1, 100 // replicas)
+
+
+def _versioned(deployment: serve.Deployment, version: int) -> serve.Deployment:
+    """Serve replaces every replica of whatever is deployed again under another version, and gives
+    each deployment a random one unless told."""
+    return deployment.options(version=str(version), _internal=True)
 
 
 def _ingress(
@@ -109,7 +136,7 @@ def _ingress(
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=_START_TRIES,
     )
-    return deployment.bind(APP, settings, *others)
+    return _versioned(deployment, 0).bind(APP, settings, *others)
 
 
 def _catalogue(config: Config) -> Application:
@@ -129,7 +156,7 @@ def _catalogue(config: Config) -> Application:
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=_START_TRIES,
     )
-    return deployment.bind(APP, config.host)
+    return _versioned(deployment, 0).bind(APP, config.host)
 
 
 def _resources(config: Config, pool: Pool, model: Path | str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add(commands, "status", _status, "what runs: replicas, load, cache, links")
     _add(commands, "doctor", _doctor, "what is wrong with this machine or cluster, and the remedy")
+    _add_restart(commands)
     _add_key(commands)
     _add(commands, "down", _down, "end a cluster, or what a crashed one left behind")
     return parser
@@ -56,6 +57,14 @@ def _add_serve(commands: Any) -> None:
         help="an option of vLLM's, for every engine and the API server; may be repeated",
     )
     serve.set_defaults(run=_serve)
+
+
+def _add_restart(commands: Any) -> None:
+    restart = commands.add_parser("restart", help="replace replicas one by one; no stream is lost")
+    restart.add_argument(
+        "pools", nargs="*", metavar="POOL", help="prefill, decode; both by default"
+    )
+    restart.set_defaults(run=_restart)
 
 
 def _add_key(commands: Any) -> None:
@@ -115,6 +124,15 @@ def _status(arguments: argparse.Namespace) -> int:
     from cluster.status import status
 
     return status(arguments.json)
+
+
+def _restart(arguments: argparse.Namespace) -> int:
+    from cluster.restart import POOLS, restart
+
+    unknown = sorted(set(arguments.pools) - set(POOLS))
+    if unknown:
+        raise ConfigError(f"restart {unknown[0]}", f"no pool; give {' or '.join(POOLS)}")
+    return restart(arguments.pools or POOLS)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -36,6 +36,7 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     replicas: Count = 1
     cpus: Annotated[float, Meta(gt=0)] = 1.0
+    surge: bool = True
     engine: dict[str, Any] = {}
 
 

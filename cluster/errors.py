@@ -5,6 +5,7 @@ ClusterError
 ├── ConfigError         a configuration that cannot be used
 ├── StartError          the cluster did not come up
 ├── AdminKeyError       a cluster with keys was asked without the admin key
+├── RestartError        replicas were not replaced in time
 └── NotRunningError     a command needs a running cluster and found none
 
 Messages say the subject, the numbers and the remedy. Constructors take positional
@@ -44,6 +45,18 @@ class AdminKeyError(ClusterError):
 
     def __str__(self) -> str:
         return f"{self.address} wants its admin key; set BREAKEVEN_ADMIN_KEY"
+
+
+class RestartError(ClusterError):
+    """A rolling restart did not come to its end."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(names)
+        self.names = names
+
+    def __str__(self) -> str:
+        left = ", ".join(self.names) or "none"
+        return f"not replaced yet: {left}; Serve goes on trying, see `breakeven status`"
 
 
 class NotRunningError(ClusterError):

@@ -1,5 +1,6 @@
 """`breakeven serve`: start the cluster, say when it is ready, and end it without a trace."""
 
+import queue
 import secrets
 import signal
 import sys
@@ -7,12 +8,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import local_ray, state
 from cluster.config import APP, Config, cache_dir
 from cluster.errors import ConfigError, StartError
 from cluster.model import ensure_default_model
+from cluster.restart import take_order
 from router import access
 from router.errors import KeyFileError
 from workers import logs
@@ -28,22 +32,25 @@ def serve(config: Config) -> int:
     _check_keys(config)
     _refuse_second(url)
     model = _model(config)
-    stop = _Stop()
+    stop = _Signals()
     run_dir = local_ray.prepare(config)
     state.write(run_dir, url)
     failed = True
     try:
-        _start(config, model, run_dir, url, stop)
+        deploy = _start(config, model, run_dir, url, stop)
         failed = False
         if not stop.asked:
             print(f"ready {url}", flush=True)
-            stop.wait()
+            while not stop.wait():
+                deploy.restart(take_order(run_dir))
     finally:
         _end(run_dir, keep_logs=failed and not stop.asked)
     return 0
 
 
-def _start(config: Config, model: Path | str, run_dir: Path, url: str, stop: "_Stop") -> None:
+def _start(
+    config: Config, model: Path | str, run_dir: Path, url: str, stop: "_Signals"
+) -> "_Deploy":
     began = time.monotonic()
     _say(began, "starting Ray")
     local_ray.start(config, run_dir)
@@ -60,6 +67,7 @@ def _start(config: Config, model: Path | str, run_dir: Path, url: str, stop: "_S
             shown_at = time.monotonic()
             _say(began, deploy.progress())
         time.sleep(_LOOK_S)
+    return deploy
 
 
 class _Deploy:
@@ -67,19 +75,28 @@ class _Deploy:
 
     def __init__(self, config: Config, model: Path | str, run_dir: Path) -> None:
         self._error: BaseException | None = None
-        arguments = (config, model, run_dir)
-        threading.Thread(target=self._run, args=arguments, daemon=True).start()
+        self._what = (config, model, run_dir / "scratch", secrets.token_bytes(32))
+        self._orders: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
 
-    def _run(self, config: Config, model: Path | str, run_dir: Path) -> None:
+    def restart(self, pools: Sequence[str]) -> None:
+        """Have the replicas of these pools replaced, once what is under way is done."""
+        print(f"restarting {' and '.join(pools)}", flush=True)
+        self._orders.put(pools)
+
+    def _run(self) -> None:
         from ray import serve
 
         from cluster import app
 
+        restarts: Counter[str] = Counter()
         try:
-            built = app.build(config, model, run_dir / "scratch", secrets.token_bytes(32))
-            serve.run(built, name=APP, route_prefix=None)
-        except BaseException as error:  # the thread's edge; `check` raises it
+            while True:
+                serve.run(app.build(*self._what, restarts), name=APP, route_prefix=None)
+                restarts.update(self._orders.get())
+        except BaseException as error:  # the thread's edge; `check` raises it during a start
             self._error = error
+            print(f"deployment failed: {error}", file=sys.stderr, flush=True)
 
     def check(self, run_dir: Path) -> None:
         """Raise `StartError` once the deployment has failed."""
@@ -102,30 +119,40 @@ class _Deploy:
         return ", ".join(parts) or "deploying"
 
 
-class _Stop:
-    """SIGINT and SIGTERM: the first asks to stop, a second one ends waiting for a drain."""
+class _Signals:
+    """SIGINT and SIGTERM: the first asks to stop, a second one ends waiting for a drain. SIGHUP
+    asks for a rolling restart."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._came, self._stop = threading.Event(), False
         self.listen()
 
     def listen(self) -> None:
         """Take the signals."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGHUP, self._on_restart)
 
     @property
     def asked(self) -> bool:
-        return self._event.is_set()
+        """Whether it is to stop."""
+        return self._stop
 
-    def wait(self) -> None:
-        self._event.wait()
+    def wait(self) -> bool:
+        """True when it is to stop, False when a restart was asked for."""
+        self._came.wait()
+        self._came.clear()
+        return self._stop
 
-    def _on_signal(self, number: int, frame: object) -> None:
+    def _on_stop(self, number: int, frame: object) -> None:
         if self.asked:
             raise KeyboardInterrupt
         print("stopping: requests in flight may finish", flush=True)
-        self._event.set()
+        self._stop = True
+        self._came.set()
+
+    def _on_restart(self, number: int, frame: object) -> None:
+        self._came.set()
 
 
 def _end(run_dir: Path, keep_logs: bool) -> None:

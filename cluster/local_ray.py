@@ -114,4 +114,5 @@ def _cpus(config: Config) -> int:
     """Ray's cores are a count, no limit; a small machine still runs the default cluster."""
     pools = (config.prefill, config.decode, config.ingress, config.catalogue)
     wanted = sum(pool.replicas * pool.cpus for pool in pools)
+    wanted += sum(pool.cpus for pool in (config.prefill, config.decode) if pool.surge)
     return max(os.cpu_count() or 1, int(wanted + 0.999) + 1)

@@ -57,7 +57,7 @@ class Cluster:
             env=_environment(self.cache),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=400,
             check=False,
         )
 
