@@ -39,6 +39,8 @@ class Reason(StrEnum):
     NO_CATALOGUE = "no_catalogue"  # nobody could say what is cached where: planned as if nothing
     PROMPT_LOGPROBS = "prompt_logprobs"  # every position is computed where the answer is made
     LEAST_LOADED = "least_loaded"  # the kill switch: costs were not looked at
+    PREFIX_AFFINITY = "prefix_affinity"  # a baseline: the longest cached prefix
+    ROUND_ROBIN = "round_robin"  # a baseline: whose turn it was
     PREFILL_LOST = "prefill_lost"  # the next plan after a prefill replica failed
     DECODE_LOST = "decode_lost"  # the next plan after a decode replica failed
 

@@ -19,7 +19,8 @@ class Question:
 
     `assumed_streams` is how many streams are taken to run on a decode replica that is idle now:
     they are whom a prefill there would stall if they came while it lasts. `compute_price` is how
-    many seconds of waiting a second of computing is worth.
+    many seconds of waiting a second of computing is worth. `ticket` numbers the questions of an
+    ingress, for policies that take turns.
     """
 
     prompt_tokens: int
@@ -27,6 +28,7 @@ class Question:
     assumed_streams: float
     local_only: bool = False
     compute_price: float = 0.1
+    ticket: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,6 +146,8 @@ def test_words_on_the_wire_are_stable() -> None:
         "no_catalogue",
         "prompt_logprobs",
         "least_loaded",
+        "prefix_affinity",
+        "round_robin",
         "prefill_lost",
         "decode_lost",
     }
