@@ -118,6 +118,8 @@ def _ingress(
         max_body_bytes=section.max_body_bytes,
         assumed_streams=config.router.assumed_streams,
         compute_price=config.router.compute_price,
+        policy=config.router.policy,
+        shadow=config.router.shadow,
         drain_s=section.drain_s,
         request_timeout_s=section.request_timeout_s,
         keys_file=str(Path(section.keys_file).resolve()) if section.keys_file else None,

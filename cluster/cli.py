@@ -13,6 +13,7 @@ import yaml
 from cluster.config import load
 from cluster.errors import ClusterError, ConfigError
 from router.access import digest
+from router.policy import Policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "status", _status, "what runs: replicas, load, cache, links")
     _add(commands, "doctor", _doctor, "what is wrong with this machine or cluster, and the remedy")
     _add_restart(commands)
+    _add_policy(commands)
     _add_key(commands)
     _add(commands, "down", _down, "end a cluster, or what a crashed one left behind")
     return parser
@@ -65,6 +67,18 @@ def _add_restart(commands: Any) -> None:
         "pools", nargs="*", metavar="POOL", help="prefill, decode; both by default"
     )
     restart.set_defaults(run=_restart)
+
+
+def _add_policy(commands: Any) -> None:
+    about = "which routing policy is in force; with NAME put another in force"
+    policy = commands.add_parser("policy", help=about)
+    names = [str(each) for each in Policy]
+    policy.add_argument("name", nargs="?", choices=names, metavar="NAME", help=", ".join(names))
+    policy.add_argument(
+        "--shadow", choices=[*names, "none"], metavar="NAME", help="what plans for comparison"
+    )
+    policy.add_argument("--json", action="store_true", help="for programs")
+    policy.set_defaults(run=_policy)
 
 
 def _add_key(commands: Any) -> None:
@@ -118,6 +132,22 @@ def _key(arguments: argparse.Namespace) -> int:
         line = f"keys:\n  - {{sha256: {digest(key)}, tenant: {json.dumps(arguments.tenant)}}}"
     print(f"{key}\n\nin the key file, which holds no key itself:\n{line}")
     return 0
+
+
+def _policy(arguments: argparse.Namespace) -> int:
+    from cluster.policy import policy
+
+    return policy(_change(arguments), arguments.json)
+
+
+def _change(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """What `policy` was told to change; empty to only look."""
+    change: dict[str, str | None] = {}
+    if arguments.name is not None:
+        change["policy"] = arguments.name
+    if arguments.shadow is not None:
+        change["shadow"] = None if arguments.shadow == "none" else arguments.shadow
+    return change
 
 
 def _status(arguments: argparse.Namespace) -> int:

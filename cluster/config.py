@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from cluster.errors import ConfigError
 from cluster.home import HOME, default_cache
+from router.policy import Policy
 
 # Names the Serve application, and the cluster in the directory of replicas.
 APP = "breakeven"
@@ -71,6 +72,8 @@ class KvSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class RouterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What plans are made by."""
 
+    policy: Policy = Policy.BREAKEVEN
+    shadow: Policy | None = None
     assumed_streams: Annotated[float, Meta(ge=0)] = 0.5
     compute_price: Annotated[float, Meta(ge=0)] = 0.1
     probe_s: Seconds = 4.0

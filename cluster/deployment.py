@@ -11,7 +11,7 @@ from router.catalogue.client import CatalogueLine
 from router.catalogue.node import CatalogueNode
 from router.catalogue.server import CatalogueServer
 from router.catalogue.wire import Seat, SeatRecord, seat_prefix
-from router.serve_adapter import GcsDirectory
+from router.serve_adapter import GcsDirectory, GcsOrders
 from router.settings import IngressSettings
 from workers import announce, logs, serve_port
 from workers.channel import ChannelLink
@@ -41,8 +41,9 @@ class IngressReplica:
             raise RuntimeError(str(error)) from None
         now = asyncio.get_running_loop().time
         directory = GcsDirectory(cluster, now)
+        orders = GcsOrders(cluster, settings.secret)
         line = CatalogueLine(directory, name, settings.replica_host, now)
-        ingress = Ingress(name, settings, directory, ChannelLink, line, args, config)
+        ingress = Ingress(name, settings, directory, orders, ChannelLink, line, args, config)
         self._ingress = ingress
         self._task = asyncio.create_task(ingress.serve())
 

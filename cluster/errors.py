@@ -6,6 +6,7 @@ ClusterError
 ├── StartError          the cluster did not come up
 ├── AdminKeyError       a cluster with keys was asked without the admin key
 ├── RestartError        replicas were not replaced in time
+├── RefusedError        the cluster did not take an order
 └── NotRunningError     a command needs a running cluster and found none
 
 Messages say the subject, the numbers and the remedy. Constructors take positional
@@ -57,6 +58,17 @@ class RestartError(ClusterError):
     def __str__(self) -> str:
         left = ", ".join(self.names) or "none"
         return f"not replaced yet: {left}; Serve goes on trying, see `breakeven status`"
+
+
+class RefusedError(ClusterError):
+    """The cluster answered, and did not do what it was told."""
+
+    def __init__(self, address: str, complaint: str) -> None:
+        super().__init__(address, complaint)
+        self.address, self.complaint = address, complaint
+
+    def __str__(self) -> str:
+        return f"{self.address}: {self.complaint}"
 
 
 class NotRunningError(ClusterError):

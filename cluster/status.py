@@ -24,6 +24,7 @@ def status(as_json: bool) -> int:
         "ready": _ready(url),
         **fetch(url, "/admin/replicas"),
         "curves": fetch(url, "/admin/curves"),
+        "policy": fetch(url, "/admin/policy"),
     }
     if as_json:
         print(json.dumps(report))
@@ -54,6 +55,22 @@ def fetch(url: str, path: str) -> Any:
         raise NotRunningError(url) from error
 
 
+def describe(report: dict[str, Any]) -> str:
+    """The policy in force in a line, and the configured one where that is another."""
+    line = f"policy: {_named(report)}"
+    return line if is_configured(report) else f"{line} (configured: {_named(report['configured'])})"
+
+
+def is_configured(report: dict[str, Any]) -> bool:
+    """Whether what is in force is what the configuration says."""
+    configured = report["configured"]
+    return all(report[name] == configured[name] for name in ("policy", "shadow"))
+
+
+def _named(order: dict[str, Any]) -> str:
+    return f"{order['policy']}, shadow: {order['shadow'] or 'none'}"
+
+
 def _ready(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/readyz", timeout=_TIMEOUT_S):
@@ -65,6 +82,8 @@ def _ready(url: str) -> bool:
 def _print(report: dict[str, Any]) -> None:
     console = Console()
     console.print(f"{report['url']}: {'ready' if report['ready'] else 'not ready'}")
+    if not is_configured(report["policy"]):
+        console.print(describe(report["policy"]))
     console.print(_replicas(report["replicas"]))
     catalogue = report["catalogue"]
     console.print(f"catalogue: {catalogue['state']}, {catalogue['blocks']} blocks")

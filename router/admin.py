@@ -11,12 +11,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from router.access import KeyRing
-from router.audit import Audit, Record
+from router.audit import Audit, Record, Shadowed
 from router.catalogue.wire import Line
 from router.errors import AccessError
 from router.fleet import Fleet
 from router.guard import bearer
 from router.member import Member
+from router.policy_admin import PolicyAdmin
 
 Answer = Callable[[Request], Awaitable[Response]]
 
@@ -28,6 +29,7 @@ def admin_app(
     audit: Audit,
     registry: CollectorRegistry,
     keys: KeyRing | None,
+    policies: PolicyAdmin,
 ) -> Starlette:
     """The small app in front of vLLM's; with `keys`, /admin needs an admin key."""
 
@@ -58,11 +60,17 @@ def admin_app(
         "/admin/replicas": replicas,
         "/admin/decisions": decisions,
         "/admin/curves": curves,
+        "/admin/policy": policies.policy,
+        "/admin/shadow": policies.shadow,
     }
+    order = Route("/admin/policy", _locked(policies.order, keys), methods=["POST"])
     return Starlette(
         routes=[
-            Route(path, _locked(answer, keys) if path.startswith("/admin") else answer)
-            for path, answer in routes.items()
+            order,
+            *(
+                Route(path, _locked(answer, keys) if path.startswith("/admin") else answer)
+                for path, answer in routes.items()
+            ),
         ]
     )
 
@@ -128,6 +136,7 @@ def _decision(record: Record) -> dict[str, Any]:
         "outcome": record.outcome if record.ended_at is not None else "running",
         "plan": plan.header(),
         "plans": len(record.plans),
+        "shadow": None if record.shadow is None else _shadow(record.shadow),
         "predicted_ttft_s": round(plan.predicted_ttft_s, 6),
         "ttft_s": None if record.ttft_s is None else round(record.ttft_s, 6),
         "rivals": [
@@ -140,6 +149,18 @@ def _decision(record: Record) -> dict[str, Any]:
             }
             for rival in plan.rivals
         ],
+    }
+
+
+def _shadow(shadow: Shadowed) -> dict[str, Any]:
+    plan = shadow.plan
+    return {
+        "policy": shadow.policy,
+        "outcome": shadow.outcome,
+        "plan": None if plan is None else plan.header(),
+        "prefill": None if plan is None else plan.prefill,
+        "decode": None if plan is None else plan.decode,
+        "predicted_ttft_s": None if plan is None else round(plan.predicted_ttft_s, 6),
     }
 
 

@@ -22,6 +22,15 @@ class Observer(Protocol):
     def finished(self, record: "Record") -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Shadowed:
+    """What a shadow policy would have done; `plan` is None where it failed."""
+
+    policy: str
+    outcome: str
+    plan: Plan | None
+
+
 @dataclass(slots=True)
 class Record:
     """One request, from its plan to its end; times are seconds of the ingress's clock."""
@@ -31,6 +40,8 @@ class Record:
     prompt_tokens: int
     started_at: float
     plans: list[Plan] = field(default_factory=list)
+    # Of the last plan; it answers a little later than the plan is made.
+    shadow: Shadowed | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     ended_at: float | None = None

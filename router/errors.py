@@ -6,6 +6,7 @@ RouterError
 ├── TooManyError        one call asks for more answers than fit       400
 ├── AccessError         no key, or one that is not known              401
 ├── KeyFileError        the key file cannot be used                   500
+├── OrderError          an order did not reach the cluster            503
 ├── DeadlineError       a request took longer than it may             504
 └── RequestLostError    every plan for a request has failed           503
 """
@@ -91,6 +92,20 @@ class DeadlineError(RouterError):
         )
 
 
+class OrderError(RouterError):
+    """An operator's order could not be given to the cluster."""
+
+    def __init__(self, complaint: str) -> None:
+        super().__init__(complaint)
+        self.complaint = complaint
+
+    def __str__(self) -> str:
+        return (
+            f"the order was not taken and the last one stays in force: {self.complaint}; "
+            "try again once Ray's GCS answers"
+        )
+
+
 class RequestLostError(RouterError):
     """The replicas of a request failed, and so did the plans that followed."""
 
@@ -108,6 +123,7 @@ STATUS: dict[type[RouterError], HTTPStatus] = {
     TooManyError: HTTPStatus.BAD_REQUEST,
     AccessError: HTTPStatus.UNAUTHORIZED,
     KeyFileError: HTTPStatus.INTERNAL_SERVER_ERROR,
+    OrderError: HTTPStatus.SERVICE_UNAVAILABLE,
     DeadlineError: HTTPStatus.GATEWAY_TIMEOUT,
     RequestLostError: HTTPStatus.SERVICE_UNAVAILABLE,
 }

@@ -24,11 +24,14 @@ from router.client import ClusterClient, warm_body
 from router.fleet import Fleet
 from router.guard import App, Guard, Receive, Scope, Send
 from router.member import Member
-from router.metrics import FleetMetrics, RequestMetrics
+from router.metrics import FleetMetrics, PolicyMetrics, RequestMetrics
+from router.orders import InForce, Order, Orders
 from router.pipeline import Pipeline
+from router.policy_admin import PolicyAdmin
 from router.roster import Directory
 from router.salt import Salter
 from router.settings import IngressSettings
+from router.shadow import Shadow
 from workers.messages import Inbox, Link, Replica
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ class Ingress:
         name: str,
         settings: IngressSettings,
         directory: Directory,
+        orders: Orders,
         connect: Connect,
         line: CatalogueLine,
         args: Namespace,
@@ -65,13 +69,17 @@ class Ingress:
         )
         registry = CollectorRegistry()
         registry.register(FleetMetrics(self.fleet))
+        self._in_force, shadow = InForce(Order(settings.policy, settings.shadow), orders), Shadow()
+        registry.register(PolicyMetrics(self._in_force.order, shadow))
         audit = Audit(now, RequestMetrics(registry))
         admission = Admission(settings.max_requests)
         prices = (settings.assumed_streams, settings.compute_price)
-        pipeline = Pipeline(self.fleet, admission, audit, now, *prices)
+        ruled = (self._in_force.order, shadow)
+        pipeline = Pipeline(self.fleet, admission, audit, now, *prices, *ruled)
         salter = Salter(settings.secret, separate=self._keys is not None)
         self._client = ClusterClient(config, pipeline, salter)
-        self._admin = admin_app(self.fleet, audit, registry, self._keys)
+        policies = PolicyAdmin(self._in_force, shadow, open_to_all=self._keys is None)
+        self._admin = admin_app(self.fleet, audit, registry, self._keys, policies)
 
     async def check_health(self) -> None:
         """Raise once requests would no longer be answered."""
@@ -80,20 +88,24 @@ class Ingress:
     async def serve(self) -> None:
         """Listen, and follow the fleet; on cancellation requests may finish for `drain_s`."""
         app = await self._app()
+        # A restarted ingress serves nothing under an order that is over.
+        await self._in_force.look()
         with _listening(self._settings.host, self._settings.port) as sock:
             server = _server(app, self._settings)
             serving = asyncio.create_task(server.serve(sockets=[sock]))
             watching = asyncio.create_task(self._watch())
+            following = asyncio.create_task(self._in_force.follow())
             try:
-                both = {serving, watching}
-                ended, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                tasks = {serving, watching, following}
+                ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in ended:
                     task.result()
             finally:
                 server.should_exit = True
                 await asyncio.gather(serving, return_exceptions=True)
                 watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+                following.cancel()
+                await asyncio.gather(watching, following, return_exceptions=True)
                 self.fleet.close()
 
     async def _watch(self) -> None:

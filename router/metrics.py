@@ -1,7 +1,7 @@
 """Breakeven's metrics. Names and labels are DESIGN.md's; base units throughout."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -11,6 +11,9 @@ from prometheus_client.registry import Collector
 from router.audit import Record
 from router.fleet import Fleet
 from router.member import Member
+from router.orders import Order
+from router.policy import Policy
+from router.shadow import Outcome, Shadow
 from workers.messages import Totals
 
 logger = logging.getLogger(__name__)
@@ -166,3 +169,38 @@ class FleetMetrics(Collector):
         yield moved
         yield spent
         yield failed
+
+
+class PolicyMetrics(Collector):
+    """Which policy is in force, and how its shadows compare."""
+
+    def __init__(self, order: Callable[[], Order], shadow: Shadow) -> None:
+        self._order, self._shadow = order, shadow
+
+    def collect(self) -> Iterator[Metric]:
+        in_force = GaugeMetricFamily(
+            "breakeven_policy", "1 for the policy in force", labels=["policy"]
+        )
+        for policy in Policy:
+            in_force.add_metric([policy], float(policy is self._order().policy))
+        yield in_force
+        yield from self._shadows()
+
+    def _shadows(self) -> Iterator[Metric]:
+        plans = CounterMetricFamily(
+            "breakeven_shadow", "Plans of shadow policies", labels=["policy", "outcome"]
+        )
+        predicted = CounterMetricFamily(
+            "breakeven_shadow_predicted_ttft_seconds",
+            "Predicted for the plans that were compared, by whose plan it is",
+            labels=["policy", "plan"],
+        )
+        for policy in Policy:
+            tallies = [t for (_, shadow), t in self._shadow.tallies.items() if shadow is policy]
+            if tallies:
+                for outcome in Outcome:
+                    plans.add_metric([policy, outcome], sum(t.outcomes[outcome] for t in tallies))
+                predicted.add_metric([policy, "live"], sum(t.live_ttft_s for t in tallies))
+                predicted.add_metric([policy, "shadow"], sum(t.shadow_ttft_s for t in tallies))
+        yield plans
+        yield predicted

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import aclosing, contextmanager
+from itertools import count
 
 from kv.block import TOKEN_BYTES, chain, pack_tokens, root_key
 from kv.plan import Plan, Reason
@@ -11,9 +12,12 @@ from router.audit import Audit, Record
 from router.deadline import Deadline
 from router.errors import NoReplicaError, RequestLostError, RouterError
 from router.fleet import Fleet
-from router.policy.pair import Question, choose
+from router.orders import Order
+from router.policy.pair import Question
+from router.policy.registry import CHOOSE
 from router.request import Request
 from router.run import Attempt, run
+from router.shadow import Choice, Shadow
 from workers.errors import WorkerError
 from workers.messages import Delta, Role
 
@@ -22,7 +26,10 @@ MAX_PLANS = 4
 
 
 class Pipeline:
-    """Serves requests over a fleet. One an ingress; it keeps no state of a request."""
+    """Serves requests over a fleet. One an ingress; it keeps no state of a request.
+
+    `order` names the policy in force and its shadow; it is asked for each plan.
+    """
 
     def __init__(
         self,
@@ -32,9 +39,12 @@ class Pipeline:
         now: Callable[[], float],
         assumed_streams: float,
         compute_price: float = 0.1,
+        order: Callable[[], Order] = Order,
+        shadow: Shadow | None = None,
     ) -> None:
         self._fleet, self._admission, self._audit, self._now = fleet, admission, audit, now
         self._assumed_streams, self._compute_price = assumed_streams, compute_price
+        self._order, self._shadow, self._tickets = order, shadow or Shadow(), count()
 
     async def serve(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The deltas of one request, until one has a finish reason.
@@ -44,8 +54,10 @@ class Pipeline:
         """
         with self._admit(request):  # 1 admit
             started_at = self._now()
-            plan = await self._first_plan(request)  # 2 to 4
+            choice = await self._first_choice(request)  # 2 to 4
+            plan = choice.plan
             record = self._audit.open(request, plan, started_at)
+            self._shadow.follow(choice, record)
             deadline = Deadline(request.context)
             try:
                 async with aclosing(self._run(request, plan, record)) as deltas:  # 5 run
@@ -80,29 +92,30 @@ class Pipeline:
         with self._admission.admit():
             yield
 
-    async def _first_plan(self, request: Request) -> Plan:
+    async def _first_choice(self, request: Request) -> Choice:
         try:
-            return await self._plan(request)
+            return await self._choose(request)
         except RouterError as error:
             self._audit.refuse(request, error)
             raise
 
-    async def _plan(self, request: Request, avoid: Collection[str] = ()) -> Plan:
-        """2 name its blocks, 3 take a snapshot, 4 choose the cheapest plan."""
+    async def _choose(self, request: Request, avoid: Collection[str] = ()) -> Choice:
+        """2 name its blocks, 3 take a snapshot, 4 plan by the policy in force."""
         keys = self._keys(request)
         found = await self._fleet.look(keys)
         snapshot = self._fleet.snapshot(keys, found).without(avoid)
-        plan = choose(
-            Question(
-                prompt_tokens=request.prompt_tokens,
-                snapshot=snapshot,
-                assumed_streams=self._assumed_streams,
-                local_only=request.local_only,
-                compute_price=self._compute_price,
-            )
+        question = Question(
+            prompt_tokens=request.prompt_tokens,
+            snapshot=snapshot,
+            assumed_streams=self._assumed_streams,
+            local_only=request.local_only,
+            compute_price=self._compute_price,
+            ticket=next(self._tickets),
         )
+        order = self._order()
+        plan = CHOOSE[order.policy](question)
         request.notes.plan = plan.header()
-        return plan
+        return Choice(question, order, plan)
 
     def _keys(self, request: Request) -> list[bytes]:
         """Names of the blocks that may be reused: without the last token, which engines always
@@ -146,7 +159,9 @@ class Pipeline:
     ) -> Plan:
         began = self._now()
         reason = Reason.PREFILL_LOST if attempt.in_prefill else Reason.DECODE_LOST
-        plan = (await self._plan(request, avoid=failed)).because(reason)
+        choice = await self._choose(request, avoid=failed)
+        plan = choice.plan.because(reason)
         request.notes.plan = plan.header()
         self._audit.plan(record, plan, self._now() - began)
+        self._shadow.follow(choice, record)
         return plan

@@ -1,14 +1,17 @@
-"""The directory of replicas and catalogues, read from the key-value store of Ray's GCS."""
+"""What ingresses share in the key-value store of Ray's GCS: the directory of replicas and
+catalogues, and the operator's last order."""
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
 
 from router.catalogue.wire import Seat, SeatRecord, seat_prefix
+from router.orders import Order
 from workers.messages import (
     DIRECTORY_NAMESPACE,
     RENEW_S,
@@ -41,10 +44,7 @@ class GcsDirectory:
         return [r.seat for r in records if self._is_fresh(r.seat.epoch, r.beat)]
 
     async def _records(self, prefix: str, kind: type[T]) -> list[T]:
-        try:
-            values = await asyncio.to_thread(_read, prefix)
-        except (RuntimeError, RayError) as error:
-            raise ConnectionError(f"GCS does not answer: {error}") from error
+        values = await _answered(_read, prefix)
         return [record for value in values if (record := _decoded(value, kind)) is not None]
 
     def _is_fresh(self, epoch: str, beat: int) -> bool:
@@ -60,6 +60,38 @@ def _read(prefix: str) -> list[bytes]:
     get = internal_kv._internal_kv_get
     values = (get(key, namespace=DIRECTORY_NAMESPACE) for key in keys)
     return [value for value in values if value]
+
+
+class GcsOrders:
+    """The `Orders` of one run of a cluster, which `secret` is peculiar to: on a Ray cluster that
+    outlives it the next run begins without orders."""
+
+    def __init__(self, cluster: str, secret: bytes) -> None:
+        self._key = f"orders/{cluster}/{hashlib.sha256(b'orders' + secret).hexdigest()}"
+
+    async def read(self) -> Order | None:
+        """The order that was given last, if one was."""
+        get = internal_kv._internal_kv_get
+        value = await _answered(get, self._key, namespace=DIRECTORY_NAMESPACE)
+        if not value:
+            return None
+        try:
+            return msgspec.json.decode(value, type=Order)
+        except msgspec.MsgspecError as error:
+            raise OSError(f"an order that cannot be read: {error}") from error
+
+    async def write(self, order: Order) -> None:
+        """Put `order` in the place of the one before."""
+        put, value = internal_kv._internal_kv_put, msgspec.json.encode(order)
+        await _answered(put, self._key, value, True, namespace=DIRECTORY_NAMESPACE)
+
+
+async def _answered(call: Callable[..., Any], *args: object, **named: object) -> Any:
+    """What GCS answers; raises ConnectionError when it does not."""
+    try:
+        return await asyncio.to_thread(call, *args, **named)
+    except (RuntimeError, RayError) as error:
+        raise ConnectionError(f"GCS does not answer: {error}") from error
 
 
 def _decoded(value: bytes, kind: type[T]) -> T | None:

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from router.policy import Policy
+
 
 class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     """All that an ingress is told; made by cluster/, plain data so that it can be pickled."""
@@ -21,3 +23,5 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 30.0
     request_timeout_s: float | None = None
     keys_file: str | None = None
+    policy: Policy = Policy.BREAKEVEN
+    shadow: Policy | None = None

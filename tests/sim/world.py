@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
@@ -14,12 +14,17 @@ from router.catalogue.wire import Beat, Expect, Found
 from router.context import RequestContext
 from router.fleet import Fleet
 from router.member import Member
+from router.orders import Order
 from router.pipeline import Pipeline
+from router.policy import Policy
+from router.policy.registry import CHOOSE, Choose
 from router.request import Request
+from router.shadow import Shadow
 from workers.messages import Inbox, Link, Replica, Role
 from workers.sim import SimCluster, SimCosts, SimEngine, sim_answer, sim_body, sim_replica
 
 COSTS = SimCosts()
+BY_DEFAULT = Order()
 # Virtual seconds that a world may take: replicas beat for ever, so a deadlock shows as this
 # timeout, within seconds of real time.
 LIMIT_S = 3600.0
@@ -95,6 +100,9 @@ class World:
     pipeline: Pipeline
     admission: Admission
     audit: Audit
+    shadow: Shadow
+    # What is in force; tests change it.
+    order: Order
     costs: SimCosts = COSTS
 
     def start(self, name: str, role: Role, epoch: str = "1", **shape: object) -> SimEngine:
@@ -110,7 +118,8 @@ class World:
         """A second ingress over the same cluster and catalogue; started with `watching`."""
         announced = self.directory.announced.values()
         prefill = any(replica.role is Role.PREFILL for replica in announced)
-        return _world(self.cluster, self.directory, self.node, name, prefill, 10_000, self.costs)
+        over = (self.cluster, self.directory, self.node)
+        return _world(*over, name, prefill, 10_000, self.costs, self.order, CHOOSE)
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator["World"]:
@@ -187,6 +196,8 @@ async def world(
     limit: int = 10_000,
     costs: SimCosts = COSTS,
     kv_blocks: int = 4096,
+    order: Order = BY_DEFAULT,
+    shadows: Mapping[Policy, Choose] = CHOOSE,
 ) -> AsyncIterator[World]:
     """A warmed world; when the block ends, no task that it started is left."""
     before = asyncio.all_tasks()
@@ -198,7 +209,8 @@ async def world(
             return cluster.engines[replica.name].connect(inbox, "catalogue", follow=True)
 
         node = CatalogueNode(directory, follow, now)
-        made = _world(cluster, directory, node, "ingress", prefill > 0, limit, costs)
+        over = (cluster, directory, node)
+        made = _world(*over, "ingress", prefill > 0, limit, costs, order, shadows)
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
             for index in range(count):
                 made.start(f"{role}-{index}", role, kv_blocks=kv_blocks)
@@ -220,6 +232,8 @@ def _world(
     expects_prefill: bool,
     limit: int,
     costs: SimCosts,
+    order: Order,
+    shadows: Mapping[Policy, Choose],
 ) -> World:
     now = asyncio.get_running_loop().time
 
@@ -230,8 +244,11 @@ def _world(
     rng = random.Random(name)
     fleet = Fleet(directory, connect, line, sim_body(1), now, rng, expects_prefill)
     admission, audit = Admission(limit), Audit(now, SilentObserver(), kept=100_000)
-    pipeline = Pipeline(fleet, admission, audit, now, 0.5)
-    return World(cluster, directory, node, line, fleet, pipeline, admission, audit, costs)
+    shadow = Shadow(shadows)
+    pipeline = Pipeline(fleet, admission, audit, now, 0.5, 0.1, lambda: made.order, shadow)
+    parts = (cluster, directory, node, line, fleet, pipeline, admission, audit, shadow)
+    made = World(*parts, order, costs)
+    return made
 
 
 def request(name: str, token_ids: Sequence[int], max_tokens: int, **fields: object) -> Request:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from cluster.app import engine_options
-from cluster.cli import _overrides, _parser
+from cluster.cli import _change, _overrides, _parser
 from cluster.config import DEFAULT, Config, load
 from cluster.errors import ConfigError
 from cluster.home import ROOT
+from cluster.status import describe, is_configured
 
 
 def test_the_default_file_loads_and_is_the_reference() -> None:
@@ -65,6 +66,9 @@ def test_options_of_the_command_line_come_last(tmp_path: Path) -> None:
         ("[1, 2]", "list"),
         ("a: [", "YAML"),
         ("host: 0.0.0.0", "loopback"),
+        ("router: {policy: fastest}", "router.policy"),
+        ("router: {policy: null}", "router.policy"),
+        ("router: {shadow: fastest}", "router.shadow"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_key(tmp_path: Path, text: str, says: str) -> None:
@@ -86,3 +90,40 @@ def test_gpus_of_a_replica_are_its_ranks() -> None:
     assert config.tensor_parallel(config.prefill) == 2
     assert config.tensor_parallel(config.decode) == 4
     assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ([], {}),
+        (["least_loaded"], {"policy": "least_loaded"}),
+        (["--shadow", "none"], {"shadow": None}),
+        (
+            ["breakeven", "--shadow", "round_robin"],
+            {"policy": "breakeven", "shadow": "round_robin"},
+        ),
+    ],
+)
+def test_the_policy_command_orders_what_it_is_given(
+    words: list[str], change: dict[str, str | None]
+) -> None:
+    """What is not given is not changed, and `none` is no shadow."""
+    assert _change(_parser().parse_args(["policy", *words])) == change
+
+
+def test_the_policy_command_names_the_policies_to_a_wrong_word(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A policy that does not exist is refused before anything is sent."""
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["policy", "fastest"])
+    assert "least_loaded" in capsys.readouterr().err
+
+
+def test_status_names_the_configured_policy_where_another_is_in_force() -> None:
+    """And a shadow that differs is a difference too."""
+    configured = {"policy": "breakeven", "shadow": None}
+    assert describe({**configured, "configured": configured}) == "policy: breakeven, shadow: none"
+    ordered = {"policy": "least_loaded", "shadow": None, "configured": configured}
+    assert "(configured: breakeven, shadow: none)" in describe(ordered)
+    assert not is_configured({**configured, "shadow": "round_robin", "configured": configured})

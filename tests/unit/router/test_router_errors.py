@@ -8,6 +8,7 @@ from router.errors import (
     DeadlineError,
     KeyFileError,
     NoReplicaError,
+    OrderError,
     OverloadedError,
     RequestLostError,
     RouterError,
@@ -20,6 +21,7 @@ EACH = [
     TooManyError(300, 256),
     AccessError("API key", True),
     KeyFileError("keys.yaml", "is no YAML"),
+    OrderError("GCS does not answer"),
     DeadlineError("r1", 1.5),
     RequestLostError("r1", "4 plans failed"),
 ]
