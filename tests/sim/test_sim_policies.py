@@ -131,3 +131,19 @@ def test_a_shadow_changes_nothing(shadows: dict[Policy, Choose] | None) -> None:
         assert record.shadow is not None
         local = record.plan.shape is Shape.LOCAL
         assert shadows or (record.shadow.outcome is Outcome.SHAPE) == local
+
+
+async def test_a_shadow_answers_behind_the_request() -> None:
+    """When the shadow plans, the request has been sent to its replica: it waits for nothing."""
+    under_way = []
+
+    def note(question: Question) -> Plan:
+        under_way.append(sum(member.requests for member in here.fleet.members()))
+        return CHOOSE[Policy.LEAST_LOADED](question)
+
+    order = Order(shadow=Policy.LEAST_LOADED)
+    async with world(order=order, shadows={Policy.LEAST_LOADED: note}) as here:
+        for number in range(3):
+            asked = request(f"r{number}", range(number, 600), 3)
+            assert await here.ask(asked) == answer(asked)
+    assert under_way == [1, 1, 1]
