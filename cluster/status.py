@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from cluster import state
 from cluster.config import admin_key
-from cluster.errors import AdminKeyError, NotRunningError
+from cluster.errors import AdminKeyError, NotRunningError, RefusedError
 
 _TIMEOUT_S = 5
 _DEFAULT_URL = "http://127.0.0.1:8000"
@@ -39,20 +40,36 @@ def address() -> str:
     return found.url if found is not None else _DEFAULT_URL
 
 
-def fetch(url: str, path: str) -> Any:
-    """JSON from the ingress."""
+def fetch(url: str, path: str, order: Mapping[str, object] | None = None) -> Any:
+    """JSON from the ingress, which gets `order` as JSON if there is one.
+
+    Raises `NotRunningError`, `AdminKeyError`, or `RefusedError` for an order that is not taken.
+    """
+    body = None if order is None else json.dumps(order).encode()
+    headers = {} if order is None else {"content-type": "application/json"}
+    key = admin_key()
+    if key:
+        headers["authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url + path, body, headers)
     try:
-        key = admin_key()
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        request = urllib.request.Request(url + path, headers=headers)
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code == 401:
             raise AdminKeyError(url) from error
+        if order is not None:
+            raise RefusedError(url, _complaint(error)) from error
         raise NotRunningError(url) from error
     except (OSError, ValueError) as error:
         raise NotRunningError(url) from error
+
+
+def _complaint(error: urllib.error.HTTPError) -> str:
+    """The cluster's own words."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"HTTP {error.code}"
 
 
 def describe(report: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -10,7 +11,11 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from router.access import KeyRing, digest
+from router.admin import admin_app
+from router.audit import Audit
 from router.errors import OrderError
+from router.fleet import Fleet
 from router.metrics import PolicyMetrics
 from router.orders import FOLLOW_EVERY_S, Change, InForce, Order
 from router.policy import Policy
@@ -199,6 +204,34 @@ async def test_a_store_that_is_down_is_503(ask: Ask, store: Store) -> None:
     answer = await ask('{"policy": "least_loaded"}')
     assert answer.status_code == 503
     assert "GCS does not answer" in answer.json()["error"]["message"]
+
+
+async def test_with_keys_only_the_admin_key_orders(store: Store, tmp_path: Path) -> None:
+    """Neither nobody nor a tenant changes the policy, or sees it."""
+    path = tmp_path / "keys.yaml"
+    path.write_text(
+        f"keys: [{{sha256: {digest('acme')}, tenant: acme}}]\nadmin: [{digest('root')}]\n"
+    )
+    admin = PolicyAdmin(InForce(CONFIGURED, store), Shadow(), open_to_all=False)
+    ring = KeyRing(path, asyncio.get_running_loop().time)
+    # The replicas and decisions of an ingress are not asked for here.
+    app = admin_app(cast(Fleet, None), cast(Audit, None), CollectorRegistry(), ring, admin)
+    base = "https://cluster.example.com"
+    order = {"policy": "least_loaded"}
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url=base) as client:
+        for headers in ({}, {"x-api-key": "acme"}, {"authorization": "Bearer acme"}):
+            posted = await client.post("/admin/policy", json=order, headers=headers)
+            assert posted.status_code == 401
+            for path_of in ("/admin/policy", "/admin/shadow"):
+                assert (await client.get(path_of, headers=headers)).status_code == 401
+        assert store.order is None
+        root = {"authorization": "Bearer root"}
+        ordered = await client.post("/admin/policy", json=order, headers=root)
+        assert ordered.status_code == 200
+        assert (await client.get("/admin/policy", headers=root)).json() == ordered.json()
+        assert (await client.get("/admin/shadow", headers=root)).json() == {"shadows": []}
+        assert (await client.put("/admin/policy", headers=root)).status_code == 405
 
 
 async def test_the_metric_is_1_for_the_policy_in_force() -> None:
