@@ -70,15 +70,13 @@ class GcsOrders:
         self._key = f"orders/{cluster}/{hashlib.sha256(b'orders' + secret).hexdigest()}"
 
     async def read(self) -> Order | None:
-        """The order that was given last, if one was."""
+        """The order that was given last, if one was; None too for that of another version."""
         get = internal_kv._internal_kv_get
         value = await _answered(get, self._key, namespace=DIRECTORY_NAMESPACE)
-        if not value:
-            return None
         try:
-            return msgspec.json.decode(value, type=Order)
-        except msgspec.MsgspecError as error:
-            raise OSError(f"an order that cannot be read: {error}") from error
+            return msgspec.json.decode(value, type=Order) if value else None
+        except msgspec.MsgspecError:
+            return None
 
     async def write(self, order: Order) -> None:
         """Put `order` in the place of the one before."""
