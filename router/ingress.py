@@ -27,6 +27,7 @@ from router.member import Member
 from router.metrics import FleetMetrics, PolicyMetrics, RequestMetrics
 from router.orders import InForce, Order, Orders
 from router.pipeline import Pipeline
+from router.planner import Planner, Prices
 from router.policy_admin import PolicyAdmin
 from router.roster import Directory
 from router.salt import Salter
@@ -73,9 +74,9 @@ class Ingress:
         registry.register(PolicyMetrics(self._in_force.order, shadow))
         audit = Audit(now, RequestMetrics(registry))
         admission = Admission(settings.max_requests)
-        prices = (settings.assumed_streams, settings.compute_price)
-        ruled = (self._in_force.order, shadow)
-        pipeline = Pipeline(self.fleet, admission, audit, now, *prices, *ruled)
+        prices = Prices(settings.assumed_streams, settings.compute_price)
+        planner = Planner(self.fleet, prices, self._in_force.order)
+        pipeline = Pipeline(self.fleet, planner, shadow, admission, audit, now)
         salter = Salter(settings.secret, separate=self._keys is not None)
         self._client = ClusterClient(config, pipeline, salter)
         policies = PolicyAdmin(self._in_force, shadow, open_to_all=self._keys is None)

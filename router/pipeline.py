@@ -3,21 +3,18 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import aclosing, contextmanager
-from itertools import count
 
-from kv.block import TOKEN_BYTES, chain, pack_tokens, root_key
-from kv.plan import Plan, Reason
+from kv.block import pack_tokens
+from kv.plan import Reason
 from router.admission import Admission
 from router.audit import Audit, Record
 from router.deadline import Deadline
 from router.errors import NoReplicaError, RequestLostError, RouterError
 from router.fleet import Fleet
-from router.orders import Order
-from router.policy.pair import Question
-from router.policy.registry import CHOOSE
+from router.planner import Planner
 from router.request import Request
 from router.run import Attempt, run
-from router.shadow import Choice, Shadow
+from router.shadow import Shadow
 from workers.errors import WorkerError
 from workers.messages import Delta, Role
 
@@ -26,25 +23,19 @@ MAX_PLANS = 4
 
 
 class Pipeline:
-    """Serves requests over a fleet. One an ingress; it keeps no state of a request.
-
-    `order` names the policy in force and its shadow; it is asked for each plan.
-    """
+    """Serves requests over a fleet. One an ingress; it keeps no state of a request."""
 
     def __init__(
         self,
         fleet: Fleet,
+        planner: Planner,
+        shadow: Shadow,
         admission: Admission,
         audit: Audit,
         now: Callable[[], float],
-        assumed_streams: float,
-        compute_price: float = 0.1,
-        order: Callable[[], Order] = Order,
-        shadow: Shadow | None = None,
     ) -> None:
-        self._fleet, self._admission, self._audit, self._now = fleet, admission, audit, now
-        self._assumed_streams, self._compute_price = assumed_streams, compute_price
-        self._order, self._shadow, self._tickets = order, shadow or Shadow(), count()
+        self._fleet, self._planner, self._shadow = fleet, planner, shadow
+        self._admission, self._audit, self._now = admission, audit, now
 
     async def serve(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The deltas of one request, until one has a finish reason.
@@ -53,14 +44,10 @@ class Pipeline:
         on every engine.
         """
         with self._admit(request):  # 1 admit
-            started_at = self._now()
-            choice = await self._first_choice(request)  # 2 to 4
-            plan = choice.plan
-            record = self._audit.open(request, plan, started_at)
-            self._shadow.follow(choice, record)
+            record = await self._planned(request)  # 2 to 4
             deadline = Deadline(request.context)
             try:
-                async with aclosing(self._run(request, plan, record)) as deltas:  # 5 run
+                async with aclosing(self._run(request, record)) as deltas:  # 5 run
                     async for delta in deltas:
                         self._audit.delta(record, delta)
                         yield delta  # 6 stream
@@ -92,45 +79,25 @@ class Pipeline:
         with self._admission.admit():
             yield
 
-    async def _first_choice(self, request: Request) -> Choice:
+    async def _planned(self, request: Request) -> Record:
+        """2 name its blocks, 3 look and take a snapshot, 4 plan."""
+        began = self._now()
         try:
-            return await self._choose(request)
+            choice = await self._planner.plan(request)
         except RouterError as error:
             self._audit.refuse(request, error)
             raise
+        request.notes.plan = choice.plan.header()
+        record = self._audit.open(request, choice.plan, began)
+        self._shadow.follow(choice, record)
+        return record
 
-    async def _choose(self, request: Request, avoid: Collection[str] = ()) -> Choice:
-        """2 name its blocks, 3 take a snapshot, 4 plan by the policy in force."""
-        keys = self._keys(request)
-        found = await self._fleet.look(keys)
-        snapshot = self._fleet.snapshot(keys, found).without(avoid)
-        question = Question(
-            prompt_tokens=request.prompt_tokens,
-            snapshot=snapshot,
-            assumed_streams=self._assumed_streams,
-            local_only=request.local_only,
-            compute_price=self._compute_price,
-            ticket=next(self._tickets),
-        )
-        order = self._order()
-        plan = CHOOSE[order.policy](question)
-        request.notes.plan = plan.header()
-        return Choice(question, order, plan)
-
-    def _keys(self, request: Request) -> list[bytes]:
-        """Names of the blocks that may be reused: without the last token, which engines always
-        compute, and with it all of its block."""
-        reusable = request.known[:-TOKEN_BYTES]
-        return chain(root_key(request.salt), reusable, self._fleet.block_tokens())
-
-    async def _run(
-        self, request: Request, plan: Plan, record: Record
-    ) -> AsyncGenerator[Delta, None]:
+    async def _run(self, request: Request, record: Record) -> AsyncGenerator[Delta, None]:
         """Carry the plan out; when a replica fails, go on elsewhere with what it has not given."""
         failed: set[str] = set()
         for number in range(MAX_PLANS):
-            keys = self._keys(request)
-            attempt = Attempt(request, plan, f"{request.request_id}.{number}", keys)
+            keys = self._planner.keys(request)
+            attempt = Attempt(request, record.plan, f"{request.request_id}.{number}", keys)
             answered = bytearray(request.answered)
             try:
                 async with aclosing(run(self._fleet, attempt, record)) as deltas:
@@ -142,7 +109,7 @@ class Pipeline:
                 request = request.behind(bytes(answered))
                 self._check_goes_on(request, number, error)
             failed.add(attempt.replica)
-            plan = await self._replan(request, attempt, record, failed)
+            await self._replan(request, attempt, record, failed)
 
     def _check_goes_on(self, request: Request, number: int, error: WorkerError) -> None:
         """Raise unless another plan may follow the one of this number, which `error` ended."""
@@ -156,12 +123,11 @@ class Pipeline:
 
     async def _replan(
         self, request: Request, attempt: Attempt, record: Record, failed: Collection[str]
-    ) -> Plan:
+    ) -> None:
         began = self._now()
         reason = Reason.PREFILL_LOST if attempt.in_prefill else Reason.DECODE_LOST
-        choice = await self._choose(request, avoid=failed)
+        choice = await self._planner.plan(request, avoid=failed)
         plan = choice.plan.because(reason)
         request.notes.plan = plan.header()
         self._audit.plan(record, plan, self._now() - began)
         self._shadow.follow(choice, record)
-        return plan

@@ -16,6 +16,7 @@ from router.fleet import Fleet
 from router.member import Member
 from router.orders import Order
 from router.pipeline import Pipeline
+from router.planner import Planner, Prices
 from router.policy import Policy
 from router.policy.registry import CHOOSE, Choose
 from router.request import Request
@@ -245,7 +246,8 @@ def _world(
     fleet = Fleet(directory, connect, line, sim_body(1), now, rng, expects_prefill)
     admission, audit = Admission(limit), Audit(now, SilentObserver(), kept=100_000)
     shadow = Shadow(shadows)
-    pipeline = Pipeline(fleet, admission, audit, now, 0.5, 0.1, lambda: made.order, shadow)
+    planner = Planner(fleet, Prices(), lambda: made.order)
+    pipeline = Pipeline(fleet, planner, shadow, admission, audit, now)
     parts = (cluster, directory, node, line, fleet, pipeline, admission, audit, shadow)
     made = World(*parts, order, costs)
     return made

@@ -1,0 +1,56 @@
+"""One request's question, and the plan by which it is answered."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from itertools import count
+
+from kv.block import TOKEN_BYTES, chain, root_key
+from router.fleet import Fleet
+from router.orders import Order
+from router.policy.pair import Question
+from router.policy.registry import CHOOSE
+from router.request import Request
+from router.shadow import Choice
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What plans are priced by beside time; configs/cpu.yaml explains each under `router`."""
+
+    assumed_streams: float = 0.5
+    compute_price: float = 0.1
+
+
+class Planner:
+    """Names a request's blocks, looks them up, and plans by the policy in force.
+
+    `order` names that policy and its shadow; it is asked for each plan.
+    """
+
+    def __init__(self, fleet: Fleet, prices: Prices, order: Callable[[], Order] = Order) -> None:
+        self._fleet, self._prices, self._order = fleet, prices, order
+        self._tickets = count()
+
+    async def plan(self, request: Request, avoid: Collection[str] = ()) -> Choice:
+        """A plan without the replicas to `avoid`, unless no other decode replica is there.
+
+        Raises `NoReplicaError`.
+        """
+        keys = self.keys(request)
+        found = await self._fleet.look(keys)
+        question = Question(
+            prompt_tokens=request.prompt_tokens,
+            snapshot=self._fleet.snapshot(keys, found).without(avoid),
+            assumed_streams=self._prices.assumed_streams,
+            local_only=request.local_only,
+            compute_price=self._prices.compute_price,
+            ticket=next(self._tickets),
+        )
+        order = self._order()
+        return Choice(question, order, CHOOSE[order.policy](question))
+
+    def keys(self, request: Request) -> list[bytes]:
+        """Names of the blocks that may be reused: without the last token, which engines always
+        compute, and with it all of its block."""
+        reusable = request.known[:-TOKEN_BYTES]
+        return chain(root_key(request.salt), reusable, self._fleet.block_tokens())
