@@ -1,10 +1,11 @@
-"""Who may ask: API keys from a file, each with its tenant.
+"""Who may ask, and how much: API keys from a file, each with its tenant, and tenants' limits.
 
 The file holds SHA-256 digests only. Keys are random and long (`breakeven key` makes them), so a
 digest needs no salt and no slow hash. The file is read again when it changes.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import msgspec
 import yaml
 
 from router.errors import AccessError, KeyFileError
+from router.limits import Limits
+
+logger = logging.getLogger(__name__)
 
 _HEX_DIGITS = 64
 _LOOK_AGAIN_S = 1.0
@@ -25,10 +29,11 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file's content; `admin` keys open /admin and nothing else."""
+    """The file's content; `admin` keys open /admin and nothing else, `tenants` are limited."""
 
     keys: tuple[Key, ...] = ()
     admin: tuple[str, ...] = ()
+    tenants: dict[str, Limits] = {}
 
 
 def digest(key: str) -> str:
@@ -45,15 +50,20 @@ def read(path: Path) -> KeyFile:
     for each in (*(key.sha256 for key in content.keys), *content.admin):
         if len(each) != _HEX_DIGITS or not set(each) <= set("0123456789abcdef"):
             raise KeyFileError(str(path), f"{each[:8]}… is no SHA-256 in lower-case hex")
+    # A name that is spelt differently in the two lists would leave its tenant without limits.
+    for tenant in content.tenants.keys() - {key.tenant for key in content.keys}:
+        raise KeyFileError(str(path), f"tenants.{tenant} has limits, and no key is of that tenant")
     return content
 
 
 class KeyRing:
-    """The keys in force. A file that becomes unreadable leaves the last ones in force."""
+    """The keys and limits in force. A file that becomes unusable leaves the last ones in force,
+    which the log tells."""
 
     def __init__(self, path: Path, now: Callable[[], float]) -> None:
         self._path, self._now = path, now
         self._looked_at, self._stamp = now(), self._stat()
+        self._refused: tuple[int, int] | None = None
         self._take(read(path))
 
     def tenant(self, key: str | None) -> str:
@@ -63,6 +73,10 @@ class KeyRing:
         if tenant is None:
             raise AccessError("API key", given=key is not None)
         return tenant
+
+    def limits(self, tenant: str) -> Limits | None:
+        """What `tenant` may ask for; None for any amount."""
+        return self._limits.get(tenant)
 
     def check_admin(self, key: str | None) -> None:
         """Raise `AccessError` unless `key` is an admin key."""
@@ -79,13 +93,17 @@ class KeyRing:
         if stamp != self._stamp:
             try:
                 self._take(read(self._path))
-            except KeyFileError:
+            except KeyFileError as error:
+                if stamp != self._refused:
+                    logger.warning("the keys from before stay in force: %s", error)
+                self._refused = stamp
                 return  # half written, say: the next look tries again
             self._stamp = stamp
 
     def _take(self, content: KeyFile) -> None:
         self._tenants = {key.sha256: key.tenant for key in content.keys}
         self._admin = frozenset(content.admin)
+        self._limits = content.tenants
 
     def _stat(self) -> tuple[int, int]:
         try:

@@ -46,9 +46,11 @@ class RequestContext:
 
 @dataclass(slots=True)
 class Notes:
-    """What the pipeline tells the HTTP response: filled before the first byte of its body."""
+    """What the pipeline tells the HTTP side. The plan is there before the first byte of the body;
+    `used_tokens` grows to the end: prompt and generated tokens, of every choice of the call."""
 
     plan: str | None = None
+    used_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

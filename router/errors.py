@@ -3,6 +3,7 @@
 RouterError
 ├── NoReplicaError      no replica can serve this request now         503
 ├── OverloadedError     the ingress holds as many requests as it may  503
+├── RateLimitError      a tenant is over its limits                   429
 ├── TooManyError        one call asks for more answers than fit       400
 ├── AccessError         no key, or one that is not known              401
 ├── KeyFileError        the key file cannot be used                   500
@@ -12,6 +13,10 @@ RouterError
 """
 
 from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from router.limits import Standing
 
 
 class RouterError(Exception):
@@ -41,6 +46,24 @@ class OverloadedError(RouterError):
 
     def __str__(self) -> str:
         return f"{self.held} requests in flight, {self.limit} allowed; try again shortly"
+
+
+class RateLimitError(RouterError):
+    """A tenant has as many requests in flight, or has used as many tokens, as it may."""
+
+    def __init__(self, tenant: str, standing: "Standing") -> None:
+        super().__init__(tenant, standing)
+        self.tenant, self.standing = tenant, standing
+
+    def __str__(self) -> str:
+        limits, again = self.standing.limits, f"try again in {self.standing.retry_after_s} s"
+        if self.standing.refused == "requests":
+            held = f"{self.standing.in_flight} requests in flight, {limits.max_requests} allowed"
+            return f"tenant {self.tenant}: {held}; {again}, or when one of them has ended"
+        used = f"{limits.tokens_per_minute} tokens a minute allowed and used"
+        if self.standing.left_tokens < 0:
+            used += f", {-self.standing.left_tokens} more besides"
+        return f"tenant {self.tenant}: {used}; {again}"
 
 
 class TooManyError(RouterError):
@@ -120,6 +143,7 @@ class RequestLostError(RouterError):
 STATUS: dict[type[RouterError], HTTPStatus] = {
     NoReplicaError: HTTPStatus.SERVICE_UNAVAILABLE,
     OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    RateLimitError: HTTPStatus.TOO_MANY_REQUESTS,
     TooManyError: HTTPStatus.BAD_REQUEST,
     AccessError: HTTPStatus.UNAUTHORIZED,
     KeyFileError: HTTPStatus.INTERNAL_SERVER_ERROR,

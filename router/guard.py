@@ -8,7 +8,8 @@ here; the rest of the body reaches vLLM as it was sent.
 import json
 import re
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from math import isfinite, nan
 from typing import Any
@@ -25,8 +26,10 @@ from router.context import (
     ServiceClass,
     bound,
 )
-from router.errors import AccessError
+from router.errors import AccessError, RateLimitError
+from router.limits import Ledger, headers, slot
 
+Headers = Iterable[tuple[bytes, bytes]]
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -45,6 +48,8 @@ ROUTES = {
     "/detokenize": {"POST"},
     "/version": {"GET"},
 }
+# Those that generate, to which tenants' limits apply.
+GENERATING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 _NOT_SERVED = {
     "/v1/embeddings": "embeddings",
     "/v1/images/generations": "images",
@@ -72,11 +77,13 @@ class _Refusal(Exception):
     status: int
     message: str
     kind: str = "BadRequestError"
+    headers: Headers = ()
 
 
 class Guard:
     """Wraps vLLM's app. `max_body_bytes` bounds a request body; `timeout_s` bounds a request's
-    time, and so does its header x-request-timeout; with `keys`, each request needs one."""
+    time, and so does its header x-request-timeout; with `keys`, each request needs one, and
+    `ledger` holds their tenants to the limits that stand there."""
 
     def __init__(
         self,
@@ -84,40 +91,64 @@ class Guard:
         max_body_bytes: int,
         timeout_s: float | None = None,
         keys: KeyRing | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
-        self._timeout_s, self._keys = timeout_s, keys
+        self._timeout_s, self._keys, self._ledger = timeout_s, keys, ledger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id, notes = _request_id(scope), Notes()
+        async with AsyncExitStack() as held:
+            try:
+                context, body = await self._checked(scope, receive, request_id)
+                limited = await self._slot(held, scope["path"], context.tenant, notes)
+            except _Refusal as refusal:
+                await _refuse(refusal, request_id)(scope, receive, send)
+                return
+            token = bound.set(Bound(context, notes))
+            try:
+                reply = _Reply(send, request_id, notes, limited)
+                await self._app(_sized(scope, body), _replay(body, receive), reply.send)
+            finally:
+                bound.reset(token)
+
+    async def _checked(
+        self, scope: Scope, receive: Receive, request_id: str
+    ) -> tuple[RequestContext, bytes]:
+        """The request's context and body, once all that can be checked here is well."""
+        _check_route(scope["method"], scope["path"])
+        tenant = _tenant(scope, self._keys)
+        body = await _read(scope, receive, self._max_body_bytes)
+        context, body = _enter(request_id, body)
+        timeout_s = _timeout_s(scope, self._timeout_s)
+        return replace(context, tenant=tenant, timeout_s=timeout_s), body
+
+    async def _slot(
+        self, held: AsyncExitStack, path: str, tenant: str, notes: Notes
+    ) -> list[tuple[bytes, bytes]]:
+        """Take a slot until `held` ends, if the tenant is limited; the headers that tell of it."""
+        limits = self._keys.limits(tenant) if self._keys else None
+        if limits is None or self._ledger is None or path not in GENERATING:
+            return []
         try:
-            _check_route(scope["method"], scope["path"])
-            tenant = _tenant(scope, self._keys)
-            body = await _read(scope, receive, self._max_body_bytes)
-            context, body = _enter(request_id, body)
-            timeout_s = _timeout_s(scope, self._timeout_s)
-            context = replace(context, tenant=tenant, timeout_s=timeout_s)
-        except _Refusal as refusal:
-            await _refuse(refusal, request_id)(scope, receive, send)
-            return
-        notes = Notes()
-        token = bound.set(Bound(context, notes))
-        try:
-            reply = _Reply(send, request_id, notes)
-            await self._app(_sized(scope, body), _replay(body, receive), reply.send)
-        finally:
-            bound.reset(token)
+            entered = slot(self._ledger, tenant, limits, notes)
+            return headers(await held.enter_async_context(entered))
+        except RateLimitError as error:
+            again = (b"retry-after", str(error.standing.retry_after_s).encode())
+            told = (again, *headers(error.standing))
+            raise _Refusal(429, str(error), "rate_limit_error", told) from error
 
 
 class _Reply:
     """Holds the start of a response until its first bytes: the plan is known by then."""
 
-    def __init__(self, send: Send, request_id: str, notes: Notes) -> None:
+    def __init__(self, send: Send, request_id: str, notes: Notes, limited: Headers) -> None:
         self._send, self._request_id, self._notes = send, request_id, notes
+        self._limited = limited
         self._start: Message | None = None
 
     async def send(self, message: Message) -> None:
@@ -131,12 +162,12 @@ class _Reply:
         await self._send(message)
 
     def _headers(self, status: int) -> list[tuple[bytes, bytes]]:
-        headers = [(b"x-request-id", self._request_id.encode())]
+        told = [(b"x-request-id", self._request_id.encode()), *self._limited]
         if self._notes.plan is not None:
-            headers.append((b"x-breakeven-plan", self._notes.plan.encode()))
+            told.append((b"x-breakeven-plan", self._notes.plan.encode()))
         if status in (429, 503):
-            headers.append((b"retry-after", b"1"))
-        return headers
+            told.append((b"retry-after", b"1"))
+        return told
 
 
 def _enter(request_id: str, body: bytes) -> tuple[RequestContext, bytes]:
@@ -249,7 +280,8 @@ _STEERING_H = (
 def _refuse(refusal: _Refusal, request_id: str) -> JSONResponse:
     error = {"message": refusal.message, "type": refusal.kind, "param": None}
     body = {"error": {**error, "code": refusal.status}}
-    return JSONResponse(body, refusal.status, {"x-request-id": request_id})
+    told = {name.decode(): value.decode() for name, value in refusal.headers}
+    return JSONResponse(body, refusal.status, {"x-request-id": request_id, **told})
 
 
 def _request_id(scope: Scope) -> str:

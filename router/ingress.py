@@ -23,6 +23,7 @@ from router.catalogue.client import CatalogueLine
 from router.client import ClusterClient, warm_body
 from router.fleet import Fleet
 from router.guard import App, Guard, Receive, Scope, Send
+from router.limits import LocalLedger
 from router.member import Member
 from router.metrics import FleetMetrics, PolicyMetrics, RequestMetrics
 from router.orders import InForce, Order, Orders
@@ -118,7 +119,9 @@ class Ingress:
         vllm_app = build_app(self._args, ("generate",), self._client.model_config)
         await init_app_state(self._client, vllm_app.state, self._args, ("generate",))
         settings = self._settings
-        guard = Guard(vllm_app, settings.max_body_bytes, settings.request_timeout_s, self._keys)
+        ledger = LocalLedger(asyncio.get_running_loop().time)
+        bounds = (settings.max_body_bytes, settings.request_timeout_s)
+        guard = Guard(vllm_app, *bounds, self._keys, ledger)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             ours = scope["type"] == "http" and scope["path"].startswith(PATHS)

@@ -45,11 +45,13 @@ class Pipeline:
         """
         with self._admit(request):  # 1 admit
             record = await self._planned(request)  # 2 to 4
+            request.notes.used_tokens += request.prompt_tokens
             deadline = Deadline(request.context)
             try:
                 async with aclosing(self._run(request, record)) as deltas:  # 5 run
                     async for delta in deltas:
                         self._audit.delta(record, delta)
+                        request.notes.used_tokens += len(delta.token_ids)
                         yield delta  # 6 stream
                         record.outcome = delta.finish_reason or record.outcome
             except RouterError:

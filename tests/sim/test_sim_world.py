@@ -130,6 +130,28 @@ def ordered(here: World, asked: Sequence[Request]) -> list[Record]:
     return [by_name[one.request_id] for one in asked]
 
 
+def used(asked: Request) -> int:
+    """What a request that was answered is counted as: its prompt, once, and its answer."""
+    return asked.prompt_tokens + len(answer(asked))
+
+
+async def test_tokens_are_counted_once_however_many_replicas_died() -> None:
+    """What a tenant is debited is the prompt and the answer of each request, over all choices of
+    one call; what a second plan computes again is the cluster's own loss."""
+    rng = random.Random(7)
+    prompts = Prompts(rng)
+    async with world() as here:
+        crashing = asyncio.create_task(crash_often(here, rng, Role.DECODE, 3))
+        asked = [prompts.next(f"r{i}") for i in range(300)]
+        call = asked[0].notes
+        asked[1:3] = [replace(one, notes=call) for one in asked[1:3]]
+        await ask_all(here, rng, asked, 40.0)
+        await crashing
+        assert max(len(record.plans) for record in here.audit.records) > 1
+        assert call.used_tokens == sum(map(used, asked[:3]))
+        assert [one.notes.used_tokens for one in asked[3:]] == list(map(used, asked[3:]))
+
+
 async def test_a_stream_is_right_up_to_the_loss_of_its_replica() -> None:
     """What a client saw before RequestLostError is the beginning of the right answer."""
     async with world(prefill=0, decode=1) as here:

@@ -13,6 +13,7 @@ from router.access import KeyRing, digest, read
 from router.context import bound
 from router.errors import AccessError, KeyFileError
 from router.guard import Guard
+from router.limits import Limits
 from router.salt import Salter
 
 KEY, OTHER, ADMIN = "bk-one", "bk-two", "bk-admin"
@@ -84,6 +85,13 @@ def test_a_changed_file_is_in_force_within_a_second(path: Path) -> None:
         ("kees: []", "kees"),
         ("[", "flow"),
         ("admin: [plain-text-key]", "SHA-256"),
+        ("tenants: {acme: {max_requests: 1}}", "tenants.acme has limits, and no key"),
+        (f"{FILE}tenants: {{acne: {{max_requests: 1}}}}", "tenants.acne"),
+        (f"{FILE}tenants: {{acme: {{max_request: 1}}}}", "max_request"),
+        (f"{FILE}tenants: {{acme: {{max_requests: 0}}}}", ">= 1"),
+        (f"{FILE}tenants: {{acme: {{tokens_per_minute: -5}}}}", ">= 1"),
+        (f"{FILE}tenants: {{acme: {{tokens_per_minute: 1.5}}}}", "int"),
+        (f"{FILE}tenants: {{acme: 8}}", "object"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, says: str) -> None:
@@ -95,6 +103,26 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, says: str) -> None:
     assert "keys.yaml" in str(caught.value)
     assert says in str(caught.value)
     assert "plain-text-key" not in str(caught.value)
+
+
+def test_limits_change_with_the_file(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A tenant has the limits of its lines, others have none; a new file is in force without a
+    restart, and one that is refused is told in the log, once."""
+    clock = Clock()
+    ring = KeyRing(path, clock)
+    assert ring.limits("acme") is None
+    path.write_text(f"{FILE}tenants: {{acme: {{max_requests: 8, tokens_per_minute: 60000}}}}\n")
+    clock.now_s += 2
+    ring.tenant(KEY)
+    assert ring.limits("acme") == Limits(max_requests=8, tokens_per_minute=60000)
+    assert ring.limits("umbrella") is None
+    path.write_text(f"{FILE}tenants: {{acme: {{max_requests: -8}}}}\n# of another length")
+    for _ in range(3):
+        clock.now_s += 2
+        ring.tenant(KEY)
+    assert ring.limits("acme") == Limits(max_requests=8, tokens_per_minute=60000)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "max_requests" in caplog.text
 
 
 async def _ask(path: Path, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:

@@ -10,14 +10,17 @@ from router.errors import (
     NoReplicaError,
     OrderError,
     OverloadedError,
+    RateLimitError,
     RequestLostError,
     RouterError,
     TooManyError,
 )
+from router.limits import Account, Limits, judge
 
 EACH = [
     NoReplicaError(1, 0),
     OverloadedError(256, 256),
+    RateLimitError("acme", judge(Account(8), Limits(max_requests=8), 0.0)),
     TooManyError(300, 256),
     AccessError("API key", True),
     KeyFileError("keys.yaml", "is no YAML"),
