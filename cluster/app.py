@@ -122,7 +122,9 @@ def _ingress(
         shadow=config.router.shadow,
         drain_s=section.drain_s,
         request_timeout_s=section.request_timeout_s,
-        keys_file=str(Path(section.keys_file).resolve()) if section.keys_file else None,
+        keys_file=_resolved(section.keys_file),
+        tls_cert_file=_resolved(section.tls_cert_file),
+        tls_key_file=_resolved(section.tls_key_file),
     )
     deployment = serve.deployment(
         IngressReplica,
@@ -159,6 +161,10 @@ def _catalogue(config: Config) -> Application:
         max_constructor_retry_count=_START_TRIES,
     )
     return _versioned(deployment, 0).bind(APP, config.host)
+
+
+def _resolved(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
 
 
 def _resources(config: Config, pool: Pool, model: Path | str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from cluster import tls
 from cluster.errors import ConfigError
 from cluster.home import HOME, default_cache
 from router.policy import Policy
@@ -52,7 +53,16 @@ class IngressSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     max_body_bytes: Positive = 10_000_000
     request_timeout_s: Seconds | None = 600.0
     keys_file: str | None = None
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
     drain_s: Annotated[float, Meta(gt=0, le=MAX_DRAIN_S)] = 30.0
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        scheme = "https" if self.tls_cert_file else "http"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}:{self.port}"
 
 
 class CatalogueSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -144,10 +154,19 @@ def _check(config: Config, source: str) -> None:
     if config.ingress.host not in LOOPBACK and config.ingress.keys_file is None:
         complaint = f"ingress.host {config.ingress.host} is not loopback: set ingress.keys_file"
         raise ConfigError(source, complaint)
+    _check_tls(config.ingress, source)
     if config.host not in LOOPBACK:
         raise ConfigError(
             source, f"host {config.host} is not loopback: replicas do not authenticate yet"
         )
+
+
+def _check_tls(ingress: IngressSection, source: str) -> None:
+    if (ingress.tls_cert_file is None) != (ingress.tls_key_file is None):
+        missing = "tls_cert_file" if ingress.tls_cert_file is None else "tls_key_file"
+        raise ConfigError(source, f"ingress.{missing} is missing: TLS wants both or neither")
+    if ingress.tls_cert_file is not None and ingress.tls_key_file is not None:
+        tls.check(ingress.tls_cert_file, ingress.tls_key_file)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from cluster import state
 from cluster.config import cache_dir, load
-from cluster.errors import NotRunningError
+from cluster.errors import NotRunningError, TlsError
 from cluster.model import MARKER, MODEL_NAME
 from cluster.status import address, fetch
 from workers.lanes import is_rdma
@@ -153,6 +153,9 @@ def _cluster() -> Iterator[Finding]:
         report = fetch(address(), "/admin/replicas")
     except NotRunningError:
         yield _port()
+        return
+    except TlsError as error:
+        yield Finding("TLS", "fail", error.complaint, "restart the cluster if it was renewed")
         return
     for replica in report["replicas"]:
         yield from _replica(replica)

@@ -4,6 +4,7 @@ ClusterError
 ├── ModelExportError    the default model could not be made
 ├── ConfigError         a configuration that cannot be used
 ├── StartError          the cluster did not come up
+├── TlsError            a cluster answers with a certificate that is not its own
 ├── AdminKeyError       a cluster with keys was asked without the admin key
 ├── RestartError        replicas were not replaced in time
 ├── RefusedError        the cluster did not take an order
@@ -35,6 +36,20 @@ class ConfigError(ClusterError):
 
 class StartError(ClusterError):
     """The cluster did not come up."""
+
+
+class TlsError(ClusterError):
+    """Whoever answers at a cluster's address does not prove to be it."""
+
+    def __init__(self, address: str, complaint: str) -> None:
+        super().__init__(address, complaint)
+        self.address, self.complaint = address, complaint
+
+    def __str__(self) -> str:
+        return (
+            f"{self.address}: TLS failed: {self.complaint}; the certificate that `serve` read at "
+            "its start is wanted, restart the cluster if it was renewed"
+        )
 
 
 class AdminKeyError(ClusterError):

@@ -3,17 +3,18 @@
 import queue
 import secrets
 import signal
+import socket
+import ssl
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import local_ray, state
-from cluster.config import APP, Config, cache_dir
+from cluster import local_ray, state, tls
+from cluster.config import APP, LOOPBACK, Config, cache_dir
 from cluster.errors import ConfigError, StartError
 from cluster.model import ensure_default_model
 from cluster.restart import take_order
@@ -28,16 +29,18 @@ _PROGRESS_S = 5.0
 
 def serve(config: Config) -> int:
     """Run a cluster until SIGINT or SIGTERM; returns the exit status."""
-    url = f"http://{config.ingress.host}:{config.ingress.port}"
+    url, cert_file = config.ingress.url, config.ingress.tls_cert_file
+    certificate = tls.read_leaf(cert_file) if cert_file else None
     _check_keys(config)
-    _refuse_second(url)
+    _warn_of_clear_text(config)
+    _refuse_second(config)
     model = _model(config)
     stop = _Signals()
     run_dir = local_ray.prepare(config)
-    state.write(run_dir, url)
+    state.write(run_dir, url, certificate)
     failed = True
     try:
-        deploy = _start(config, model, run_dir, url, stop)
+        deploy = _start(config, model, run_dir, tls.trust(certificate), stop)
         failed = False
         if not stop.asked:
             print(f"ready {url}", flush=True)
@@ -49,7 +52,11 @@ def serve(config: Config) -> int:
 
 
 def _start(
-    config: Config, model: Path | str, run_dir: Path, url: str, stop: "_Signals"
+    config: Config,
+    model: Path | str,
+    run_dir: Path,
+    trust: ssl.SSLContext | None,
+    stop: "_Signals",
 ) -> "_Deploy":
     began = time.monotonic()
     _say(began, "starting Ray")
@@ -59,7 +66,7 @@ def _start(
     _say(began, f"starting {pools}, {config.ingress.replicas} ingress on {config.device}")
     deploy = _Deploy(config, model, run_dir)
     shown_at = time.monotonic()
-    while not stop.asked and not _is_ready(url):
+    while not stop.asked and not _is_ready(config.ingress.url, trust):
         deploy.check(run_dir)
         if time.monotonic() - began > _READY_S:
             raise StartError(f"not ready after {_READY_S:.0f} s; logs are in {run_dir}")
@@ -165,7 +172,7 @@ def _end(run_dir: Path, keep_logs: bool) -> None:
     print("stopped", flush=True)
 
 
-def _refuse_second(url: str) -> None:
+def _refuse_second(config: Config) -> None:
     running = state.read()
     if running is not None and running.supervisor() is not None:
         raise StartError(
@@ -176,8 +183,8 @@ def _refuse_second(url: str) -> None:
         ended = local_ray.sweep(Path(running.run_dir), keep_logs=False)
         print(f"a crashed cluster was cleared away, {ended} processes ended", file=sys.stderr)
         state.clear()
-    if _answers(url):
-        raise StartError(f"something else answers at {url}; choose another --port")
+    if _listens(config.ingress.host, config.ingress.port):
+        raise StartError(f"something else answers at {config.ingress.url}; choose another --port")
 
 
 def _check_keys(config: Config) -> None:
@@ -199,19 +206,28 @@ def _model(config: Config) -> Path | str:
     return config.model
 
 
-def _is_ready(url: str) -> bool:
+def _warn_of_clear_text(config: Config) -> None:
+    ingress = config.ingress
+    if ingress.keys_file and ingress.host not in LOOPBACK and ingress.tls_cert_file is None:
+        print(
+            f"warning: API keys travel in clear to {ingress.url}; set ingress.tls_cert_file and "
+            "ingress.tls_key_file, or put TLS in front",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _is_ready(url: str, trust: ssl.SSLContext | None) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=2, context=trust) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False
 
 
-def _answers(url: str) -> bool:
+def _listens(host: str, port: int) -> bool:
     try:
-        urllib.request.urlopen(url, timeout=2).close()
-    except urllib.error.HTTPError:
-        return True
+        socket.create_connection((host, port), timeout=2).close()
     except OSError:
         return False
     return True

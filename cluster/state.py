@@ -18,6 +18,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str
     url: str
     started_at: float
+    # In PEM, where the cluster serves HTTPS: the one that its answers must come with.
+    certificate: str | None = None
 
     def supervisor(self) -> psutil.Process | None:
         """The process that started the cluster, while it lives (pids are used again)."""
@@ -41,7 +43,7 @@ def read() -> State | None:
         return None
 
 
-def write(run_dir: Path, url: str) -> State:
+def write(run_dir: Path, url: str, certificate: str | None = None) -> State:
     """Record the cluster of this process."""
     me = psutil.Process()
     state = State(
@@ -50,6 +52,7 @@ def write(run_dir: Path, url: str) -> State:
         run_dir=str(run_dir),
         url=url,
         started_at=time.time(),
+        certificate=certificate,
     )
     state_file().parent.mkdir(parents=True, exist_ok=True)
     draft = state_file().with_suffix(".tmp")

@@ -1,6 +1,8 @@
 """`breakeven status`: what runs, how busy it is, and how KV crosses."""
 
+import http.client
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -9,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster import state
+from cluster import state, tls
 from cluster.config import admin_key
-from cluster.errors import AdminKeyError, NotRunningError, RefusedError
+from cluster.errors import AdminKeyError, NotRunningError, RefusedError, TlsError
 
 _TIMEOUT_S = 5
 _DEFAULT_URL = "http://127.0.0.1:8000"
@@ -52,7 +54,7 @@ def fetch(url: str, path: str, order: Mapping[str, object] | None = None) -> Any
         headers["authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url + path, body, headers)
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        with _open(request) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code == 401:
@@ -60,7 +62,9 @@ def fetch(url: str, path: str, order: Mapping[str, object] | None = None) -> Any
         if order is not None:
             raise RefusedError(url, _complaint(error)) from error
         raise NotRunningError(url) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(failed := getattr(error, "reason", None), ssl.SSLError):
+            raise TlsError(url, tls.reason(failed)) from error
         raise NotRunningError(url) from error
 
 
@@ -88,9 +92,16 @@ def _named(order: dict[str, Any]) -> str:
     return f"{order['policy']}, shadow: {order['shadow'] or 'none'}"
 
 
+def _open(request: urllib.request.Request) -> Any:
+    """The answer; of a cluster with TLS, only from whoever has its certificate."""
+    found = state.read()
+    context = tls.trust(found.certificate if found is not None else None)
+    return urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context)
+
+
 def _ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=_TIMEOUT_S):
+        with _open(urllib.request.Request(f"{url}/readyz")):
             return True
     except OSError:
         return False

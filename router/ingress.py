@@ -146,6 +146,8 @@ def _server(app: App, settings: IngressSettings) -> _Server:
             access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=int(settings.drain_s),
+            ssl_certfile=settings.tls_cert_file,
+            ssl_keyfile=settings.tls_key_file,
         )
     )
 

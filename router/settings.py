@@ -25,3 +25,5 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     keys_file: str | None = None
     policy: Policy = Policy.BREAKEVEN
     shadow: Policy | None = None
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
