@@ -137,7 +137,8 @@ class ClusterClient(AsyncLLM):
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Refuse before a response is begun, where a status can still be sent."""
         try:
-            self._pipeline.check(n)
+            asked = bound.get()
+            self._pipeline.check(n, asked.notes if asked else None)
         except RouterError as error:
             raise _http_error(error) from error
 

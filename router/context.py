@@ -47,10 +47,12 @@ class RequestContext:
 @dataclass(slots=True)
 class Notes:
     """What the pipeline tells the HTTP side. The plan is there before the first byte of the body;
-    `used_tokens` grows to the end: prompt and generated tokens, of every choice of the call."""
+    `used_tokens` grows to the end: prompt and generated tokens, of every choice of the call.
+    `reserved` places of the ingress are kept for requests of the call that have yet to begin."""
 
     plan: str | None = None
     used_tokens: int = 0
+    reserved: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from router.access import KeyRing
+from router.admission import Admission
 from router.context import (
     CLASS_OF_TIER,
     DEFAULT_TENANT,
@@ -83,7 +84,8 @@ class _Refusal(Exception):
 class Guard:
     """Wraps vLLM's app. `max_body_bytes` bounds a request body; `timeout_s` bounds a request's
     time, and so does its header x-request-timeout; with `keys`, each request needs one, and
-    `ledger` holds their tenants to the limits that stand there."""
+    `ledger` holds their tenants to the limits that stand there. `admission` is where calls reserve
+    places."""
 
     def __init__(
         self,
@@ -92,9 +94,11 @@ class Guard:
         timeout_s: float | None = None,
         keys: KeyRing | None = None,
         ledger: Ledger | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
         self._timeout_s, self._keys, self._ledger = timeout_s, keys, ledger
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -109,6 +113,8 @@ class Guard:
             except _Refusal as refusal:
                 await _refuse(refusal, request_id)(scope, receive, send)
                 return
+            if self._admission is not None:
+                held.callback(self._admission.release, notes)
             token = bound.set(Bound(context, notes))
             try:
                 reply = _Reply(send, request_id, notes, limited)

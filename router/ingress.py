@@ -74,10 +74,10 @@ class Ingress:
         self._in_force, shadow = InForce(Order(settings.policy, settings.shadow), orders), Shadow()
         registry.register(PolicyMetrics(self._in_force.order, shadow))
         audit = Audit(now, RequestMetrics(registry))
-        admission = Admission(settings.max_requests)
+        self._admission = Admission(settings.max_requests)
         prices = Prices(settings.assumed_streams, settings.compute_price)
         planner = Planner(self.fleet, prices, self._in_force.order)
-        pipeline = Pipeline(self.fleet, planner, shadow, admission, audit, now)
+        pipeline = Pipeline(self.fleet, planner, shadow, self._admission, audit, now)
         salter = Salter(settings.secret, separate=self._keys is not None)
         self._client = ClusterClient(config, pipeline, salter)
         policies = PolicyAdmin(self._in_force, shadow, open_to_all=self._keys is None)
@@ -121,7 +121,7 @@ class Ingress:
         settings = self._settings
         ledger = LocalLedger(asyncio.get_running_loop().time)
         bounds = (settings.max_body_bytes, settings.request_timeout_s)
-        guard = Guard(vllm_app, *bounds, self._keys, ledger)
+        guard = Guard(vllm_app, *bounds, self._keys, ledger, self._admission)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             ours = scope["type"] == "http" and scope["path"].startswith(PATHS)

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 
 from kv.block import pack_tokens
 from kv.plan import Reason
 from router.admission import Admission
 from router.audit import Audit, Record
+from router.context import Notes
 from router.deadline import Deadline
 from router.errors import NoReplicaError, RequestLostError, RouterError
 from router.fleet import Fleet
@@ -65,20 +66,24 @@ class Pipeline:
                 deadline.stop()
                 self._audit.close(record)  # 7 audit
 
-    def check(self, n: int) -> None:
-        """Raise what `serve` would raise for `n` requests now, where a status can be sent."""
-        self._admission.check(n)
+    def check(self, n: int, notes: Notes | None = None) -> None:
+        """Raise what `serve` would raise for `n` requests now, where a status can be sent; with
+        the call's `notes`, keep their places until it ends."""
+        if notes is None:
+            self._admission.check(n)
+        else:
+            self._admission.reserve(n, notes)
         if not self._fleet.up(Role.DECODE):
             raise NoReplicaError(len(self._fleet.up(Role.PREFILL)), 0)
 
     @contextmanager
     def _admit(self, request: Request) -> Iterator[None]:
-        try:
-            self._admission.check()
-        except RouterError as error:
-            self._audit.refuse(request, error)
-            raise
-        with self._admission.admit():
+        with ExitStack() as held:
+            try:
+                held.enter_context(self._admission.admit(request.notes))
+            except RouterError as error:
+                self._audit.refuse(request, error)
+                raise
             yield
 
     async def _planned(self, request: Request) -> Record:
