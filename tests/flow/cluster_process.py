@@ -21,15 +21,18 @@ SETTLE_S = 5.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running `serve`; `cache` holds its state file."""
+    """A running `serve`; `cache` holds its state file, `admin_key` opens /admin where one must."""
 
     process: subprocess.Popen[str]
     url: str
     cache: Path
     output: Path
+    admin_key: str = "none"
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+        headers = {"authorization": f"Bearer {self.admin_key}"}
+        request = urllib.request.Request(self.url + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
 
     def replicas(self) -> dict[str, dict[str, Any]]:
@@ -91,7 +94,7 @@ def running(tmp: Path, models: Path, port: int, *words: str) -> Iterator[Cluster
         cluster.command("down")
 
 
-def start(tmp: Path, models: Path, port: int, *words: str) -> Cluster:
+def start(tmp: Path, models: Path, port: int, *words: str, scheme: str = "http") -> Cluster:
     """Start `serve` and wait for its `ready` line."""
     cache = tmp / "cache"
     cache.mkdir(parents=True)
@@ -107,7 +110,7 @@ def start(tmp: Path, models: Path, port: int, *words: str) -> Cluster:
             text=True,
             start_new_session=True,
         )
-    cluster = Cluster(process, f"http://127.0.0.1:{port}", cache, output)
+    cluster = Cluster(process, f"{scheme}://127.0.0.1:{port}", cache, output)
     deadline = time.monotonic() + READY_S
     while f"ready {cluster.url}" not in output.read_text():
         if process.poll() is not None or time.monotonic() > deadline:
