@@ -20,10 +20,10 @@ from router.admin import PATHS, admin_app
 from router.admission import Admission
 from router.audit import Audit
 from router.catalogue.client import CatalogueLine
+from router.catalogue.ledger import SharedLedger
 from router.client import ClusterClient, warm_body
 from router.fleet import Fleet
 from router.guard import App, Guard, Receive, Scope, Send
-from router.limits import LocalLedger
 from router.member import Member
 from router.metrics import FleetMetrics, PolicyMetrics, RequestMetrics
 from router.orders import InForce, Order, Orders
@@ -119,7 +119,7 @@ class Ingress:
         vllm_app = build_app(self._args, ("generate",), self._client.model_config)
         await init_app_state(self._client, vllm_app.state, self._args, ("generate",))
         settings = self._settings
-        ledger = LocalLedger(asyncio.get_running_loop().time)
+        ledger = SharedLedger(self._line, asyncio.get_running_loop().time)
         bounds = (settings.max_body_bytes, settings.request_timeout_s)
         guard = Guard(vllm_app, *bounds, self._keys, ledger, self._admission)
 

@@ -144,11 +144,21 @@ class LocalLedger:
 
     async def enter(self, tenant: str, limits: Limits, request_id: str) -> Standing:
         """See `Ledger`."""
-        standing = judge(self._account(tenant), limits, self._now())
+        standing = self.take(tenant, limits, request_id)
         if standing.refused is not None:
             raise RateLimitError(tenant, standing)
-        self._slots.setdefault(tenant, set()).add(request_id)
         return standing
+
+    def take(self, tenant: str, limits: Limits, request_id: str) -> Standing:
+        """A slot, unless the standing that is returned says refused."""
+        standing = judge(self._account(tenant), limits, self._now())
+        if standing.refused is None:
+            self.hold(tenant, request_id)
+        return standing
+
+    def hold(self, tenant: str, request_id: str) -> None:
+        """Count a request in flight whose entering was decided elsewhere."""
+        self._slots.setdefault(tenant, set()).add(request_id)
 
     def leave(self, tenant: str, limits: Limits, request_id: str, tokens: int) -> None:
         """See `Ledger`."""

@@ -10,7 +10,6 @@ import zmq
 import zmq.asyncio
 
 from router.catalogue import wire
-from router.catalogue.holdings import Expectations
 from router.catalogue.wire import Expect, Found, Seat
 from workers.errors import WireError
 
@@ -37,9 +36,10 @@ class CatalogueLine:
 
     def __init__(self, seats: Seats, ingress: str, node: str, now: Callable[[], float]) -> None:
         self._seats, self._ingress, self._node, self._now = seats, ingress, node, now
-        self._expected = Expectations()
+        # What a catalogue that is new has to be told.
+        self._standing: dict[str, wire.Question] = {}
         self._numbers = itertools.count()
-        self._waiting: dict[int, asyncio.Future[Found]] = {}
+        self._waiting: dict[int, asyncio.Future[wire.Answer | wire.Stands]] = {}
         self._seat: Seat | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._receiving: asyncio.Task[None] | None = None
@@ -57,36 +57,58 @@ class CatalogueLine:
             while True:
                 await self._follow()
                 if self._socket is not None:
-                    self._send(wire.Hello(self._ingress))
+                    self.tell(wire.Hello(self._ingress))
                 await asyncio.sleep(_HELLO_EVERY_S)
         finally:
             self._leave()
 
     async def look(self, keys: bytes) -> Found | None:
         """What is known of these blocks; None when no catalogue answers in time."""
+        reply = await self.ask(lambda number: wire.Look(number, keys))
+        return reply.found if isinstance(reply, wire.Answer) else None
+
+    def expect(self, expect: Expect) -> None:
+        """Tell of a request that was sent; told again to a catalogue that is new."""
+        self.tell(expect)
+        self.stands(expect.name, expect)
+
+    def met(self, name: str) -> None:
+        """Take that back."""
+        self.stands(name, None)
+        self.tell(wire.Met(name))
+
+    async def ask(
+        self, question: Callable[[int], wire.Question]
+    ) -> wire.Answer | wire.Stands | None:
+        """The reply to a question of a number; None when no catalogue answers in time."""
         if not self.up:
             return None
         number = next(self._numbers)
-        answer: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = answer
-        self._send(wire.Look(number, keys))
+        reply: asyncio.Future[wire.Answer | wire.Stands]
+        self._waiting[number] = reply = asyncio.get_running_loop().create_future()
+        self.tell(question(number))
         try:
             async with asyncio.timeout(ANSWER_S):
-                return await answer
+                return await reply
         except TimeoutError:
             return None
         finally:
             del self._waiting[number]
 
-    def expect(self, expect: Expect) -> None:
-        """Tell of a request that was sent; told again to a catalogue that is new."""
-        self._expected.add(expect)
-        self._send(expect)
+    def tell(self, message: wire.Question) -> None:
+        """Send a message; lost while there is no catalogue."""
+        if self._socket is not None:
+            try:
+                self._socket.send(wire.encode(message), zmq.NOBLOCK)
+            except zmq.Again:  # it reads nothing: its silence is noticed
+                logger.warning("catalogue: message lost")
 
-    def met(self, name: str) -> None:
-        """Take that back."""
-        self._expected.remove(name)
-        self._send(wire.Met(name))
+    def stands(self, name: str, message: wire.Question | None) -> None:
+        """What a new catalogue is to be told under this name, until it is None."""
+        if message is None:
+            self._standing.pop(name, None)
+        else:
+            self._standing[name] = message
 
     async def _follow(self) -> None:
         try:
@@ -114,8 +136,8 @@ class CatalogueLine:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(seat.address)
         self._receiving = asyncio.create_task(self._receive(self._socket))
-        for expect in self._expected.open():
-            self._send(expect)
+        for message in self._standing.values():
+            self.tell(message)
 
     def _leave(self) -> None:
         if self._socket is not None and self._receiving is not None:
@@ -124,13 +146,6 @@ class CatalogueLine:
         self._seat = self._socket = self._receiving = None
         self._heard_at = -SILENCE_S
         self.beat = wire.Beat()
-
-    def _send(self, question: wire.Question) -> None:
-        if self._socket is not None:
-            try:
-                self._socket.send(wire.encode(question), zmq.NOBLOCK)
-            except zmq.Again:  # it reads nothing: its silence is noticed
-                logger.warning("catalogue: message lost")
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -146,4 +161,4 @@ class CatalogueLine:
                 continue
             answer = self._waiting.get(reply.number)
             if answer is not None and not answer.done():
-                answer.set_result(reply.found)
+                answer.set_result(reply)

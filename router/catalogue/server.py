@@ -1,4 +1,4 @@
-"""A catalogue's end of its lines: ZMQ ROUTER in front of the holdings."""
+"""A catalogue's end of its lines: ZMQ ROUTER in front of the holdings and the accounts."""
 
 import asyncio
 import contextlib
@@ -10,6 +10,7 @@ import zmq.asyncio
 
 from kv.block import split_keys
 from router.catalogue import wire
+from router.catalogue.accounts import Accounts
 from router.catalogue.holdings import Holdings
 from workers.errors import WireError
 
@@ -32,6 +33,7 @@ class CatalogueServer:
         now: Callable[[], float],
     ) -> None:
         self._holdings, self._beat, self._now = holdings, beat, now
+        self._accounts = Accounts(now)
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.SNDHWM, _BACKLOG)
@@ -75,6 +77,13 @@ class CatalogueServer:
                 self._holdings.expect(identity.hex(), question)
             case wire.Met(name=name):
                 self._holdings.met(identity.hex(), name)
+            case wire.Enter(number=number):
+                standing = self._accounts.enter(identity.hex(), question)
+                self._send(identity, wire.Stands(number, standing))
+            case wire.Held():
+                self._accounts.held(identity.hex(), question)
+            case wire.Leave():
+                self._accounts.leave(identity.hex(), question)
 
     async def _beats(self) -> None:
         while True:
@@ -89,6 +98,7 @@ class CatalogueServer:
             if self._now() - heard_at > SILENCE_S:
                 del self._heard[identity]
                 self._holdings.leave(identity.hex())
+                self._accounts.lose(identity.hex())
 
     def _send(self, identity: bytes, message: wire.Reply) -> None:
         # A full queue is an ingress that does not read: it plans without us and is told again.

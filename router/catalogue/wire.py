@@ -8,6 +8,7 @@ from typing import Protocol
 
 import msgspec
 
+from router.limits import Limits, Standing
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a catalogue of another version is not asked.
@@ -94,7 +95,33 @@ class Met(msgspec.Struct, frozen=True, tag="met"):
     name: str
 
 
-Question = Hello | Look | Expect | Met
+class Enter(msgspec.Struct, frozen=True, tag="enter"):
+    """May one more request of a limited tenant enter? If so it holds a slot until `Leave`."""
+
+    number: int
+    tenant: str
+    limits: Limits
+    request_id: str
+
+
+class Held(msgspec.Struct, frozen=True, tag="held"):
+    """A request that entered before this catalogue was here holds its slot already."""
+
+    tenant: str
+    limits: Limits
+    request_id: str
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    """A request has ended and used so many tokens; without a slot it changes nothing."""
+
+    tenant: str
+    limits: Limits
+    request_id: str
+    tokens: int
+
+
+Question = Hello | Look | Expect | Met | Enter | Held | Leave
 
 # ------------------------------------------------------------------ catalogue to ingress
 
@@ -115,7 +142,14 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     found: Found
 
 
-Reply = Beat | Answer
+class Stands(msgspec.Struct, frozen=True, tag="stands"):
+    """To the `Enter` of this number."""
+
+    number: int
+    standing: Standing
+
+
+Reply = Beat | Answer | Stands
 
 _encoder = msgspec.msgpack.Encoder()
 _questions = msgspec.msgpack.Decoder(Question)

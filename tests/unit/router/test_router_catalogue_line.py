@@ -5,13 +5,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import zmq
 import zmq.asyncio
 
 from router.catalogue.client import CatalogueLine
 from router.catalogue.holdings import Holdings
+from router.catalogue.ledger import SharedLedger
 from router.catalogue.server import CatalogueServer
 from router.catalogue.wire import Beat, Expect, Seat, Taken
+from router.errors import RateLimitError
+from router.limits import Limits
 from workers.messages import Blocks
 
 KEY = b"k" * 16
@@ -160,3 +164,67 @@ async def test_bytes_that_are_no_message_end_nothing() -> None:
         await until(lambda: asking.up, "an answer")
         assert await asking.look(KEY) is not None
         rogue.close(linger=0)
+
+
+LIMITS = Limits(max_requests=2, tokens_per_minute=6000)
+
+
+async def test_two_ingresses_hold_a_tenant_to_one_limit() -> None:
+    """Slots and tokens are counted over both; what one gives back the other may take."""
+    now = asyncio.get_running_loop().time
+    async with (
+        catalogue() as here,
+        line(Seats([here.seat])) as one,
+        line(Seats([here.seat]), "ingress-1") as other,
+    ):
+        await until(lambda: one.up and other.up, "two lines")
+        first, second = SharedLedger(one, now), SharedLedger(other, now)
+        await first.enter("acme", LIMITS, "a")
+        await second.enter("acme", LIMITS, "b")
+        for ledger in (first, second):
+            with pytest.raises(RateLimitError) as refused:
+                await ledger.enter("acme", LIMITS, "c")
+            ledger.leave("acme", LIMITS, "c", 0)
+            assert refused.value.standing.refused == "requests"
+        first.leave("acme", LIMITS, "a", 7000)
+        await asyncio.sleep(0.05)
+        with pytest.raises(RateLimitError) as refused:
+            await second.enter("acme", LIMITS, "d")
+        assert refused.value.standing.refused == "tokens"
+        await second.enter("other", LIMITS, "e")
+
+
+async def test_a_lost_ingress_holds_no_slot() -> None:
+    """What it had in flight ended with it."""
+    now = asyncio.get_running_loop().time
+    async with catalogue() as here, line(Seats([here.seat])) as one:
+        await until(lambda: one.up, "an answer")
+        async with line(Seats([here.seat]), "ingress-1") as other:
+            await until(lambda: other.up, "an answer")
+            for name in "ab":
+                await SharedLedger(other, now).enter("acme", LIMITS, name)
+            with pytest.raises(RateLimitError):
+                await SharedLedger(one, now).enter("acme", LIMITS, "c")
+        await until(lambda: len(here.server.ingresses()) == 1, "the other one to be dropped")
+        standing = await SharedLedger(one, now).enter("acme", LIMITS, "c")
+        assert standing.in_flight == 1
+
+
+async def test_without_a_catalogue_an_ingress_counts_for_itself() -> None:
+    """Limits hold on, with what it knows itself; a catalogue that comes back is told."""
+    now = asyncio.get_running_loop().time
+    seats = Seats()
+    async with line(seats) as one, line(seats, "ingress-1") as other:
+        ledger = SharedLedger(one, now)
+        await ledger.enter("acme", LIMITS, "a")
+        await ledger.enter("acme", LIMITS, "b")
+        with pytest.raises(RateLimitError):
+            await ledger.enter("acme", LIMITS, "c")
+        async with catalogue() as here:
+            seats.announced = [here.seat]
+            await until(lambda: one.up and other.up, "two lines")
+            with pytest.raises(RateLimitError):
+                await SharedLedger(other, now).enter("acme", LIMITS, "d")
+            ledger.leave("acme", LIMITS, "a", 10)
+            await asyncio.sleep(0.05)
+            await SharedLedger(other, now).enter("acme", LIMITS, "d")
