@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 
 from kv.curve import PrefillCurve, PrefillSample, fit_prefill
 from workers.errors import ReplicaLostError, WorkerError
@@ -57,6 +57,7 @@ class Member:
         self._sequence: int | None = None
         self._answers: dict[str, asyncio.Queue[Delta | WorkerError]] = {}
         self._orphans: dict[str, tuple[float, Callable[[Handoff], None]]] = {}
+        self._readers: list[Callable[[WorkerError], None]] = []
         self._link = connect(self)
 
     @property
@@ -123,6 +124,22 @@ class Member:
             self._orphans = {k: v for k, v in self._orphans.items() if v[0] > now}
             self._orphans[request_id] = (now + _ORPHAN_S, unread)
 
+    @contextmanager
+    def read_by(self, reader: "Member", request_id: str) -> Iterator[None]:
+        """While the block lasts, a request on `reader` takes KV from here: it fails when this
+        replica is lost. A read from a process that hangs has no end of its own."""
+
+        def fail(error: WorkerError) -> None:
+            answers = reader._answers.get(request_id)
+            if answers is not None:
+                answers.put_nowait(error)
+
+        self._readers.append(fail)
+        try:
+            yield
+        finally:
+            self._readers.remove(fail)
+
     def release(self, request_id: str, handoff: Handoff) -> None:
         """Have this decode replica tell the prefill side that nobody will read `handoff`."""
         self._link.send(Release(request_id, handoff))
@@ -148,6 +165,8 @@ class Member:
         for answers in self._answers.values():
             answers.put_nowait(ReplicaLostError(self.name, complaint))
         self._answers.clear()
+        for fail in self._readers:
+            fail(ReplicaLostError(self.name, complaint))
 
     def close(self) -> None:
         """Lose it for good."""

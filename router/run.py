@@ -1,7 +1,8 @@
 """Carrying a plan out: prefill on P, then decode on D behind its handoff.
 
 Whatever happens, P's blocks are either read by D or given back: when a prefill was aborted just
-as it finished, when a client left between the two steps, when D is gone.
+as it finished, when a client left between the two steps, when D is gone. P is watched until D has
+read them: over some transports a read from a P that hangs would stand still for as long.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -57,13 +58,18 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
         try:
             decode = _member(fleet, attempt.plan.decode)
             async with decode.run(_submit(attempt, Role.DECODE, handoff)) as deltas:
+                if attempt.plan.prefill is not None:
+                    prefill = _member(fleet, attempt.plan.prefill)
+                    expected.enter_context(prefill.read_by(decode, attempt.engine_id))
                 async for delta in deltas:
                     expected.close()  # it has begun: the replica's reports tell
                     unread = None
                     record.decode_sources = delta.sources or record.decode_sources
                     yield _outward(attempt, delta, record)
-        except ReplicaLostError:
-            if unread is not None:
+        except ReplicaLostError as error:
+            if error.replica == attempt.plan.prefill:
+                attempt.in_prefill = True  # D gives the blocks back when its read has ended
+            elif unread is not None:
                 _release(fleet, attempt, unread)
             raise
 

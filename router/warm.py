@@ -104,8 +104,9 @@ class Pairs:
         try:
             take = Submit(name, Role.DECODE, tokens, self._body, handoff)
             async with decode.run(take) as deltas:
-                async for _ in deltas:
-                    break
+                with prefill.read_by(decode, name):
+                    async for _ in deltas:
+                        break
         except WorkerError:
             release(handoff)
             raise

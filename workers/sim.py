@@ -123,6 +123,7 @@ class SimEngine:
         self._mail: list[tuple[SimLink, wire.Request]] = []
         self._load_sent = (Load(), 0.0)
         self._crashed = False
+        self.readable = True
         self._refusals = 0
 
     def connect(self, inbox: wire.Inbox, ingress: str = "ingress", follow: bool = False) -> SimLink:
@@ -138,13 +139,16 @@ class SimEngine:
         self._peers.clear()
         self._steps = Steps(self.replica, self._costs.lease_s, self._cluster.settle)
 
-    def hang(self) -> None:
-        """Stop as SIGSTOP does: mail piles up, and peers can still read the memory."""
+    def hang(self, readable: bool = True) -> None:
+        """Stop as SIGSTOP does: mail piles up. Peers can still read the memory, unless the
+        transport needs this process to send it, as TCP does: their reads stand still then."""
+        self.readable = readable
         self._awake.clear()
 
     def resume(self) -> None:
         """Go on after `hang`."""
         mail, self._mail = self._mail, []
+        self.readable = True
         self._awake.set()
         for link, request in mail:
             self._hear(link, request)
@@ -261,6 +265,10 @@ class SimEngine:
         return self._costs.prefill.seconds(computes.pending_tokens, computes.hit_tokens)
 
     def _arrive(self, run: Run) -> None:
+        source = self._cluster.engines.get((run.handoff or {}).get("remote_engine_id", ""))
+        if source is not None and not source.readable:
+            self._loop.call_later(_BEAT_S, self._arrive, run)
+            return
         self._arrived.append(run)
         self._news.set()
 

@@ -20,6 +20,7 @@ from router.errors import (
 from router.request import Request
 from tests.sim.world import Prompts, World, answer, idle, request, world
 from workers.messages import Blocks, Role
+from workers.sim import SimEngine
 from workers.sim_link import WIRE_S
 
 pytestmark = pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
@@ -290,6 +291,48 @@ async def test_a_handoff_that_the_decode_replica_refuses_is_given_back() -> None
         assert [plan.shape for plan in here.audit.records[-1].plans] == [Shape.REMOTE] * 4
         await asyncio.sleep(1.0)
         assert all(idle(engine) for engine in here.cluster.engines.values())
+
+
+async def test_a_read_from_a_prefill_replica_that_hangs_is_given_up() -> None:
+    """Slow loads have an escape: where a read needs its source to send, one that hangs after its
+    handoff costs the request the 3 s of silence, and nothing stays held once it goes on."""
+    async with world(prefill=2, decode=2) as here:
+        asked = request("r", range(4000), 5)
+        call = asyncio.create_task(here.ask(asked))
+        source = await _leasing(here)
+        source.hang(readable=False)
+        began = here.now()
+        assert await call == answer(asked)
+        plans = here.audit.records[-1].plans
+        assert plans[-1].reason is Reason.PREFILL_LOST
+        assert plans[-1].prefill != plans[0].prefill
+        assert here.now() - began < 3.5 + plans[-1].predicted_ttft_s + 1.0
+        source.resume()
+        await here.warmed()
+        here.check()
+
+
+async def test_blocks_of_a_dead_reader_are_not_pinned_until_their_lease_ends() -> None:
+    """A decode replica that dies before it has read a handoff is noticed after 3 s, and another
+    one gives the blocks back: they do not wait for the 30 s of their lease."""
+    async with world(prefill=1, decode=2) as here:
+        asked = request("r", range(4000), 5)
+        call = asyncio.create_task(here.ask(asked))
+        source = await _leasing(here)
+        here.engine(here.audit.records[-1].plan.decode).crash()
+        died_at = here.now()
+        assert await call == answer(asked)
+        while not idle(source):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        assert here.now() - died_at < 8.0
+
+
+async def _leasing(here: World) -> SimEngine:
+    """The prefill replica that has just made a handoff."""
+    sources = [here.engine(f"prefill-{i}") for i in range(len(here.fleet.up(Role.PREFILL)))]
+    while not any(source.load().leased for source in sources):  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    return next(source for source in sources if source.load().leased)
 
 
 @pytest.mark.parametrize("seed", range(3))
