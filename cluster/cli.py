@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_restart(commands)
     _add_policy(commands)
     _add_key(commands)
+    _add_forget(commands)
     _add(commands, "down", _down, "end a cluster, or what a crashed one left behind")
     return parser
 
@@ -85,6 +86,15 @@ def _add_key(commands: Any) -> None:
     key = commands.add_parser("key", help="make an API key, and its line for the key file")
     key.add_argument("tenant", nargs="?", help="whose key; without it an admin key")
     key.set_defaults(run=_key)
+
+
+def _add_forget(commands: Any) -> None:
+    forget = commands.add_parser("forget", help="erase a tenant's cached blocks on every replica")
+    forget.add_argument(
+        "--tenant", required=True, help="as in the key file; without one everybody is `default`"
+    )
+    forget.add_argument("--json", action="store_true", help="for programs")
+    forget.set_defaults(run=_forget)
 
 
 def _add(commands: Any, name: str, run: Any, about: str) -> None:
@@ -148,6 +158,12 @@ def _change(arguments: argparse.Namespace) -> dict[str, str | None]:
     if arguments.shadow is not None:
         change["shadow"] = None if arguments.shadow == "none" else arguments.shadow
     return change
+
+
+def _forget(arguments: argparse.Namespace) -> int:
+    from cluster.forget import forget
+
+    return forget(arguments.tenant, arguments.json)
 
 
 def _status(arguments: argparse.Namespace) -> int:

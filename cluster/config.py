@@ -139,7 +139,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
 
 
 def admin_key() -> str | None:
-    """What `status` and `doctor` show to a cluster that has keys."""
+    """What `status`, `doctor` and `forget` show to a cluster that has keys."""
     return os.environ.get("BREAKEVEN_ADMIN_KEY") or None
 
 

@@ -42,7 +42,12 @@ def address() -> str:
     return found.url if found is not None else _DEFAULT_URL
 
 
-def fetch(url: str, path: str, order: Mapping[str, object] | None = None) -> Any:
+def fetch(
+    url: str,
+    path: str,
+    order: Mapping[str, object] | None = None,
+    timeout_s: float = _TIMEOUT_S,
+) -> Any:
     """JSON from the ingress, which gets `order` as JSON if there is one.
 
     Raises `NotRunningError`, `AdminKeyError`, or `RefusedError` for an order that is not taken.
@@ -54,7 +59,7 @@ def fetch(url: str, path: str, order: Mapping[str, object] | None = None) -> Any
         headers["authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url + path, body, headers)
     try:
-        with _open(request) as answer:
+        with _open(request, timeout_s) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code == 401:
@@ -92,16 +97,16 @@ def _named(order: dict[str, Any]) -> str:
     return f"{order['policy']}, shadow: {order['shadow'] or 'none'}"
 
 
-def _open(request: urllib.request.Request) -> Any:
+def _open(request: urllib.request.Request, timeout_s: float) -> Any:
     """The answer; of a cluster with TLS, only from whoever has its certificate."""
     found = state.read()
     context = tls.trust(found.certificate if found is not None else None)
-    return urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context)
+    return urllib.request.urlopen(request, timeout=timeout_s, context=context)
 
 
 def _ready(url: str) -> bool:
     try:
-        with _open(urllib.request.Request(f"{url}/readyz")):
+        with _open(urllib.request.Request(f"{url}/readyz"), _TIMEOUT_S):
             return True
     except OSError:
         return False

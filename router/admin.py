@@ -1,8 +1,9 @@
-"""What operators read over HTTP: health, metrics, replicas, decisions, curves."""
+"""What operators read over HTTP: health, metrics, replicas, decisions, curves; and what they
+change."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
 
+import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -11,17 +12,26 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from router.access import KeyRing
-from router.audit import Audit, Record, Shadowed
-from router.catalogue.wire import Line
+from router.audit import Audit
+from router.changes import changing
 from router.errors import AccessError
 from router.fleet import Fleet
+from router.forget import forget
 from router.guard import bearer
-from router.member import Member
+from router.orders import Change
 from router.policy_admin import PolicyAdmin
+from router.report import catalogue_row, curves_of, decision_row, forgotten_report, replica_row
+from router.salt import Salter
 
 Answer = Callable[[Request], Awaitable[Response]]
 
 PATHS = ("/healthz", "/readyz", "/metrics", "/admin/")
+
+
+class ForgetOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /admin/forget."""
+
+    tenant: str
 
 
 def admin_app(
@@ -30,6 +40,7 @@ def admin_app(
     registry: CollectorRegistry,
     keys: KeyRing | None,
     policies: PolicyAdmin,
+    salter: Salter,
 ) -> Starlette:
     """The small app in front of vLLM's; with `keys`, /admin needs an admin key."""
 
@@ -44,14 +55,18 @@ def admin_app(
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def replicas(_: Request) -> Response:
-        rows = [_replica(fleet, member) for member in fleet.members()]
-        return JSONResponse({"replicas": rows, "catalogue": _catalogue(fleet.line)})
+        rows = [replica_row(fleet, member) for member in fleet.members()]
+        return JSONResponse({"replicas": rows, "catalogue": catalogue_row(fleet.line)})
 
     async def decisions(_: Request) -> Response:
-        return JSONResponse({"decisions": [_decision(record) for record in audit.records]})
+        return JSONResponse({"decisions": [decision_row(record) for record in audit.records]})
 
     async def curves(_: Request) -> Response:
-        return JSONResponse(_curves(fleet))
+        return JSONResponse(curves_of(fleet))
+
+    async def forget_tenant(order: ForgetOrder) -> Response:
+        outcomes = await forget(fleet.members(), salter.tags(order.tenant))
+        return JSONResponse(forgotten_report(order.tenant, outcomes))
 
     routes = {
         "/healthz": healthz,
@@ -63,10 +78,17 @@ def admin_app(
         "/admin/policy": policies.policy,
         "/admin/shadow": policies.shadow,
     }
-    order = Route("/admin/policy", _locked(policies.order, keys), methods=["POST"])
+    open_to_all = keys is None
+    changes = {
+        "/admin/policy": changing(Change, policies.order, open_to_all),
+        "/admin/forget": changing(ForgetOrder, forget_tenant, open_to_all),
+    }
     return Starlette(
         routes=[
-            order,
+            *(
+                Route(path, _locked(answer, keys), methods=["POST"])
+                for path, answer in changes.items()
+            ),
             *(
                 Route(path, _locked(answer, keys) if path.startswith("/admin") else answer)
                 for path, answer in routes.items()
@@ -88,98 +110,3 @@ def _locked(answer: Answer, keys: KeyRing | None) -> Answer:
         return await answer(request)
 
     return checked
-
-
-def _replica(fleet: Fleet, member: Member) -> dict[str, Any]:
-    replica, load = member.replica, member.load
-    warmed = [pair for pair in fleet.pairs.links if member.name in pair]
-    return {
-        "name": replica.name,
-        "role": replica.role,
-        "state": "up" if member.up else "down",
-        "pid": replica.pid,
-        "node": replica.node,
-        "running": load.running,
-        "waiting": load.waiting,
-        "pending_prefill_tokens": load.pending_prefill_tokens,
-        "leased": load.leased,
-        "kv_usage": round(load.kv_usage, 4),
-        "kv_blocks": replica.kv_blocks,
-        "cached_blocks": fleet.cached_blocks(member),
-        "warmed_pairs": len(warmed),
-        "lanes": list(load.lanes),
-        "transfer_bytes": load.totals.transfer_bytes,
-        "failed_transfers": load.totals.failed_transfers,
-        "kv_bytes_per_token": replica.kv_bytes_per_token,
-        "max_num_seqs": replica.max_num_seqs,
-    }
-
-
-def _catalogue(line: Line) -> dict[str, Any]:
-    beat = line.beat
-    return {
-        "state": "up" if line.up else "down",
-        "pid": beat.pid,
-        "blocks": sum(beat.blocks.values()),
-        "lag_s": round(beat.lag_s, 6),
-    }
-
-
-def _decision(record: Record) -> dict[str, Any]:
-    plan = record.plan
-    return {
-        "request_id": record.request_id,
-        "class": record.service_class,
-        "prompt_tokens": record.prompt_tokens,
-        "cached_tokens": record.cached_tokens(),
-        "generated_tokens": record.generated_tokens,
-        "outcome": record.outcome if record.ended_at is not None else "running",
-        "plan": plan.header(),
-        "plans": len(record.plans),
-        "shadow": None if record.shadow is None else _shadow(record.shadow),
-        "predicted_ttft_s": round(plan.predicted_ttft_s, 6),
-        "ttft_s": None if record.ttft_s is None else round(record.ttft_s, 6),
-        "rivals": [
-            {
-                "shape": rival.shape,
-                "prefill": rival.prefill,
-                "decode": rival.decode,
-                "predicted_ttft_s": round(rival.predicted_ttft_s, 6),
-                "cost_s": round(rival.cost_s, 6),
-            }
-            for rival in plan.rivals
-        ],
-    }
-
-
-def _shadow(shadow: Shadowed) -> dict[str, Any]:
-    plan = shadow.plan
-    return {
-        "policy": shadow.policy,
-        "outcome": shadow.outcome,
-        "plan": None if plan is None else plan.header(),
-        "prefill": None if plan is None else plan.prefill,
-        "decode": None if plan is None else plan.decode,
-        "predicted_ttft_s": None if plan is None else round(plan.predicted_ttft_s, 6),
-    }
-
-
-def _curves(fleet: Fleet) -> dict[str, Any]:
-    return {
-        "prefill": {
-            member.name: {
-                "base_s": member.curve.base_s,
-                "per_token_s": member.curve.per_token_s,
-                "per_token2_s": member.curve.per_token2_s,
-                "step_s": member.replica.step_s,
-            }
-            for member in fleet.members()
-        },
-        "links": {
-            f"{source}->{destination}": {
-                "latency_s": link.latency_s,
-                "bytes_per_s": None if link.per_byte_s == 0 else 1 / link.per_byte_s,
-            }
-            for (source, destination), link in fleet.pairs.links.items()
-        },
-    }

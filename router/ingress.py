@@ -80,8 +80,8 @@ class Ingress:
         pipeline = Pipeline(self.fleet, planner, shadow, self._admission, audit, now)
         salter = Salter(settings.secret, separate=self._keys is not None)
         self._client = ClusterClient(config, pipeline, salter)
-        policies = PolicyAdmin(self._in_force, shadow, open_to_all=self._keys is None)
-        self._admin = admin_app(self.fleet, audit, registry, self._keys, policies)
+        policies = PolicyAdmin(self._in_force, shadow)
+        self._admin = admin_app(self.fleet, audit, registry, self._keys, policies, salter)
 
     async def check_health(self) -> None:
         """Raise once requests would no longer be answered."""

@@ -1,6 +1,7 @@
 """One replica as this ingress sees it: its link, its load, and the requests it runs for us."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -11,6 +12,8 @@ from workers.messages import (
     Abort,
     Blocks,
     Delta,
+    Forget,
+    Forgotten,
     Handoff,
     Link,
     Load,
@@ -58,6 +61,8 @@ class Member:
         self._answers: dict[str, asyncio.Queue[Delta | WorkerError]] = {}
         self._orphans: dict[str, tuple[float, Callable[[Handoff], None]]] = {}
         self._readers: list[Callable[[WorkerError], None]] = []
+        self._orders: dict[str, asyncio.Future[Forgotten]] = {}
+        self._order_ids = map(str, itertools.count())
         self._link = connect(self)
 
     @property
@@ -144,6 +149,18 @@ class Member:
         """Have this decode replica tell the prefill side that nobody will read `handoff`."""
         self._link.send(Release(request_id, handoff))
 
+    async def forget(self, tags: tuple[str, ...]) -> Forgotten:
+        """Have it erase the blocks of these tags. Raises `ReplicaLostError` when it is lost
+        before it has said that it did."""
+        order_id = next(self._order_ids)
+        done: asyncio.Future[Forgotten] = asyncio.get_running_loop().create_future()
+        self._orders[order_id] = done
+        self._link.send(Forget(order_id, tags))
+        try:
+            return await done
+        finally:
+            self._orders.pop(order_id, None)
+
     def receive(self, reply: Reply) -> None:
         """Whatever the replica says."""
         self.heard_at = self._now()
@@ -158,6 +175,10 @@ class Member:
                 self._blocks(reply)
             case Welcome(replica=replica):
                 self._welcome(replica)
+            case Forgotten():
+                done = self._orders.get(reply.order_id)
+                if done is not None and not done.done():
+                    done.set_result(reply)
 
     def lose(self, complaint: str) -> None:
         """It is down: everything it ran for us fails, and so does what it would say later."""
@@ -167,6 +188,9 @@ class Member:
         self._answers.clear()
         for fail in self._readers:
             fail(ReplicaLostError(self.name, complaint))
+        for done in self._orders.values():
+            if not done.done():
+                done.set_exception(ReplicaLostError(self.name, complaint))
 
     def close(self) -> None:
         """Lose it for good."""

@@ -1,11 +1,22 @@
-"""The salt under which a tenant's blocks are named."""
+"""The salt under which a tenant's blocks are named, and the tag by which they are found again."""
 
 import hashlib
 import hmac
 
+from kv.salt import UNTAGGED, tagged
+from router.context import DEFAULT_TENANT
+
+_TAG_DIGITS = 16
+
+
+def tenant_tag(secret: bytes, tenant: str) -> str:
+    """64 bits of an HMAC-SHA256 over the tenant's name, as hex: workers learn no names."""
+    message = b"tenant tag\0" + tenant.encode("utf-8", "surrogatepass")
+    return hmac.new(secret, message, hashlib.sha256).hexdigest()[:_TAG_DIGITS]
+
 
 def tenant_salt(secret: bytes, tenant: str, client_salt: str) -> str:
-    """HMAC-SHA256 over the tenant and the client's own salt, as hex.
+    """The tenant's tag, then an HMAC-SHA256 over the tenant and the client's own salt, as hex.
 
     Two tenants never share a block by choosing the same salt, and nobody can guess another's.
     """
@@ -14,7 +25,8 @@ def tenant_salt(secret: bytes, tenant: str, client_salt: str) -> str:
         + tenant.encode()
         + client_salt.encode("utf-8", "surrogatepass")
     )
-    return hmac.new(secret, message, hashlib.sha256).hexdigest()
+    digest = hmac.new(secret, message, hashlib.sha256).hexdigest()
+    return tagged(tenant_tag(secret, tenant), digest)
 
 
 class Salter:
@@ -29,3 +41,10 @@ class Salter:
         if client_salt is None and not self._separate:
             return None
         return tenant_salt(self._secret, tenant, client_salt or "")
+
+    def tags(self, tenant: str) -> tuple[str, ...]:
+        """What marks all blocks of a tenant. Without keys everybody is the default tenant, and
+        blocks without a salt are among its own."""
+        own = tenant_tag(self._secret, tenant)
+        shared = tenant == DEFAULT_TENANT and not self._separate
+        return (own, UNTAGGED) if shared else (own,)

@@ -22,6 +22,7 @@ from vllm.distributed.kv_events import (
     EventPublisher,
 )
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
@@ -29,7 +30,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from workers import work
+from workers import erasure, work
+from workers.erasure import Erased, Erasure
 from workers.messages import Delta, Load, Totals
 from workers.mirror import Change, Mirror
 
@@ -58,9 +60,12 @@ class Engine:
         self._core = EngineCore(config, Executor.get_class(config), log_stats=True)
         self._scheduler: Any = self._core.scheduler
         self._world_size: int = config.parallel_config.world_size
-        events = _MirrorEvents()
-        self._mirror = events.mirror
-        self._scheduler.kv_event_publisher = events
+        self._erasure = Erasure(
+            self._scheduler, self._publish, self._wipe, _lease_s(config), time.monotonic
+        )
+        self._events = _MirrorEvents(self._erasure)
+        self._mirror = self._events.mirror
+        self._scheduler.kv_event_publisher = self._events
         self._listener = listener
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._totals = _Counters()
@@ -107,6 +112,10 @@ class Engine:
         """Drop every cached block."""
         self._orders.put(self._reset)
 
+    def erase(self, tags: Sequence[str], receiver: Callable[[Erased], None]) -> None:
+        """Erase the blocks of these tags and tell `receiver`, behind the change report."""
+        self._orders.put(lambda: self._erase(tags, receiver))
+
     def snapshot(self, receiver: Callable[[bytes], None]) -> None:
         """Give `receiver` every catalogue key held, in order with the change reports."""
         self._orders.put(lambda: self._give_snapshot(receiver))
@@ -148,6 +157,7 @@ class Engine:
             order()
 
     def _step(self) -> None:
+        self._erasure.sweep()
         if not self._scheduler.has_requests() and not self._core.batch_queue:
             return
         outputs, executed = self._core.step_fn()
@@ -163,6 +173,7 @@ class Engine:
                 time.sleep(_WAITING_PAUSE_S)  # it compiles on a thread of vLLM's
                 self._orders.put(lambda: self._admit(request, answered))
                 return
+            self._erasure.admit(request)
             self._core.add_request(request)
         except Exception as error:  # the order's edge: a bad request must not end the loop
             refusal = Delta(request.request_id, [], finish_reason="error", error=str(error))
@@ -176,6 +187,22 @@ class Engine:
             self._mirror.clear()
         self._report({})
 
+    def _erase(self, tags: Sequence[str], receiver: Callable[[Erased], None]) -> None:
+        erased = self._erasure.erase(tags)
+        logger.info("%d blocks erased, %d of them in use", erased.blocks, erased.in_use)
+        self._report({})
+        receiver(erased)
+
+    def _publish(self) -> None:
+        """Block events otherwise wait for the end of a step."""
+        events = self._scheduler.kv_cache_manager.take_events()
+        if events:
+            self._events.publish(EventBatch(ts=time.time(), events=events))
+
+    def _wipe(self, pages: list[int]) -> None:
+        total = self._scheduler.kv_cache_config.num_blocks
+        self._core.collective_rpc(erasure.zero_pages, args=(pages, total))
+
     def _give_snapshot(self, receiver: Callable[[bytes], None]) -> None:
         # Pending changes go out first: they are part of the snapshot, not news after it.
         self._report({})
@@ -183,6 +210,9 @@ class Engine:
 
     def _report(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         deltas = [work.delta(output) for batch in outputs.values() for output in batch.outputs]
+        for delta in deltas:
+            if delta.handoff is not None:
+                self._erasure.mark(delta.request_id, delta.handoff)
         for batch in outputs.values():
             self._totals.observe(batch.scheduler_stats)
         self._totals.count(deltas)
@@ -204,19 +234,25 @@ class Engine:
 
 
 class _MirrorEvents(EventPublisher):
-    """Feeds vLLM's block events to the mirror, in the process, without tokens leaving it."""
+    """Feeds vLLM's block events to the mirror, in the process, without tokens leaving it; what
+    belongs to whom, to the erasure."""
 
-    def __init__(self) -> None:
+    def __init__(self, erasure: Erasure) -> None:
         super().__init__()
         self.mirror = Mirror()
+        self._erasure = erasure
 
     def publish(self, events: EventBatch) -> None:
         for event in events.events:
             if isinstance(event, BlockStored):
-                self._store(event)
-            elif isinstance(event, BlockRemoved) and event.group_idx in (None, 0):
-                self.mirror.remove(_raw(name) for name in event.block_hashes)
+                if self._erasure.stored(_in_group(event), event.session_id):
+                    self._store(event)
+            elif isinstance(event, BlockRemoved):
+                self._erasure.removed(_in_group(event))
+                if event.group_idx in (None, 0):
+                    self.mirror.remove(_raw(name) for name in event.block_hashes)
             elif isinstance(event, AllBlocksCleared):
+                self._erasure.cleared()
                 self.mirror.clear()
 
     def shutdown(self) -> None:
@@ -296,6 +332,18 @@ def _to_compute(request: Request) -> int:
         return 0
     left: int = request.num_prompt_tokens - request.num_computed_tokens
     return max(0, left)
+
+
+def _lease_s(config: VllmConfig) -> float:
+    """How long a finished prefill waits to be read (`workers.connector.transfer_config`)."""
+    transfer = config.kv_transfer_config
+    return float(transfer.get_from_extra_config("kv_lease_duration", 0)) if transfer else 0.0
+
+
+def _in_group(event: BlockStored | BlockRemoved) -> list[bytes]:
+    """The pool's names of an event's blocks."""
+    group = event.group_idx or 0
+    return [make_block_hash_with_group_id(_raw(name), group) for name in event.block_hashes]
 
 
 def _raw(name: Any) -> bytes:

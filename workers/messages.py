@@ -18,6 +18,9 @@ WIRE_VERSION = 3
 
 # vLLM's kv_transfer_params: where a finished prefill's blocks lie. Opaque to the router.
 Handoff = dict[str, Any]
+# Set in a handoff whose KV was computed before its tenant was forgotten: a decode replica must not
+# let anybody else find it. The connector reads other keys only.
+FORGOTTEN = "forgotten"
 
 
 class Role(StrEnum):
@@ -121,7 +124,17 @@ class Reset(msgspec.Struct, frozen=True, tag="reset"):
     """Forget every cached block (an operator's order)."""
 
 
-Request = Hello | Submit | Abort | Release | Resync | Reset
+class Forget(msgspec.Struct, frozen=True, tag="forget"):
+    """Erase every block whose salt has one of these tags (`kv.salt`); answered by `Forgotten`.
+
+    A request that reads such blocks goes on; nobody else finds what it adds.
+    """
+
+    order_id: str
+    tags: tuple[str, ...]
+
+
+Request = Hello | Submit | Abort | Release | Resync | Reset | Forget
 
 # ------------------------------------------------------------------ replica to ingress
 
@@ -217,7 +230,16 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     replica: Replica
 
 
-Reply = Welcome | Step | Load | Blocks
+class Forgotten(msgspec.Struct, frozen=True, tag="forgotten"):
+    """A `Forget` is carried out: `blocks` can no longer be found. The `in_use` ones among them
+    are overwritten when the requests that read them end, the others have been."""
+
+    order_id: str
+    blocks: int
+    in_use: int = 0
+
+
+Reply = Welcome | Step | Load | Blocks | Forgotten
 
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)

@@ -20,6 +20,7 @@ from workers.errors import EngineDeadError, WireError
 
 if TYPE_CHECKING:
     from workers.engine import Engine, StepReport
+    from workers.erasure import Erased
     from workers.mirror import Change
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ class ReplicaServer:
                 self._snapshot(identity)
             case wire.Reset():
                 self._engine.forget()
+            case wire.Forget(order_id=order_id, tags=tags):
+                self._forget(identity, order_id, tags)
 
     def _hello(self, identity: bytes, hello: wire.Hello) -> None:
         peer = self._peers.get(identity)
@@ -146,6 +149,13 @@ class ReplicaServer:
             self._loop.call_soon_threadsafe(self._follow, identity, keys)
 
         self._engine.snapshot(follow)
+
+    def _forget(self, identity: bytes, order_id: str, tags: tuple[str, ...]) -> None:
+        def tell(erased: "Erased") -> None:
+            done = wire.Forgotten(order_id, erased.blocks, erased.in_use)
+            self._loop.call_soon_threadsafe(self._send, identity, done)
+
+        self._engine.erase(tags, tell)
 
     def _follow(self, identity: bytes, keys: bytes) -> None:
         peer = self._peers.get(identity)

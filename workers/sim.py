@@ -37,9 +37,9 @@ class SimCosts:
     lease_s: float = 30.0
 
 
-def sim_body(max_tokens: int) -> bytes:
-    """What to ask of a simulated engine: an answer of so many tokens."""
-    return str(max_tokens).encode()
+def sim_body(max_tokens: int, salt: str = "") -> bytes:
+    """What to ask of a simulated engine: an answer of so many tokens, and a salt if any."""
+    return f"{max_tokens} {salt}".strip().encode()
 
 
 def sim_answer(tokens: bytes, n_tokens: int) -> list[int]:
@@ -199,6 +199,10 @@ class SimEngine:
             case wire.Reset():
                 self._steps.pages.clear()
                 self._report([])
+            case wire.Forget(order_id=order_id, tags=tags):
+                blocks, in_use = self._steps.erase(tags, self._loop.time())
+                self._report([])
+                link.tell(wire.Forgotten(order_id, blocks, in_use))
 
     def _hello(self, link: SimLink, peer: _Peer | None, follow: bool) -> None:
         if peer is not None:
@@ -217,7 +221,7 @@ class SimEngine:
 
     def _submit(self, submit: wire.Submit, peer: _Peer) -> None:
         refused, self._refusals = self._refusals > 0, max(0, self._refusals - 1)
-        if refused or not self._steps.add(submit):
+        if refused or not self._steps.add(submit, self._loop.time()):
             refusal = Delta(submit.request_id, [], finish_reason="error", error="refused")
             peer.link.tell(wire.Step([refusal]))
             return

@@ -4,7 +4,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from kv.salt import UNTAGGED
 from workers.mirror import Change
+
+# Begins the name of a page whose block was erased while somebody holds it. Longer than a key
+# together with its number, so that it is none.
+_GHOST = b"erased block "
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +31,8 @@ class Pages:
         self._idle: dict[bytes, None] = {}  # those that nobody holds, next to go first
         self._told: set[bytes] = set()
         self._touched: dict[bytes, None] = {}
+        self._tags: dict[bytes, str] = {}
+        self._ghosts = 0
 
     @property
     def held(self) -> int:
@@ -47,12 +54,14 @@ class Pages:
         self._evict()
         return Grant(list(named), private)
 
-    def publish(self, grant: Grant, keys: Sequence[bytes]) -> None:
-        """Private pages of `grant` now hold these blocks; the ones it had named are skipped."""
+    def publish(self, grant: Grant, keys: Sequence[bytes], tag: str = UNTAGGED) -> None:
+        """Private pages of `grant` now hold these blocks, to be found again by `tag`; the ones it
+        had named are skipped."""
         for key in keys[len(grant.named) :]:
             grant.private -= 1
             self._private -= 1
             self._hold(key)
+            self._tags[key] = tag
             grant.named.append(key)
 
     def release(self, grant: Grant) -> None:
@@ -62,12 +71,35 @@ class Pages:
             self._holders[key] -= 1
             if not self._holders[key]:
                 self._idle[key] = None
+                if _is_ghost(key):
+                    self._forget(key)
         grant.named, grant.private = [], 0
 
     def clear(self) -> None:
         """Forget every block that nobody holds."""
         for key in list(self._idle):
             self._forget(key)
+
+    def erase(self, tags: Sequence[str], grants: Iterable[Grant]) -> tuple[int, int]:
+        """Let nobody find the blocks of these tags; how many there were, and how many of them
+        `grants`, which are all there are, hold on to."""
+        erased = [key for key, tag in self._tags.items() if tag in tags]
+        ghosts = {key: self._to_ghost(key) for key in erased if key not in self._idle}
+        for grant in grants:
+            grant.named = [ghosts.get(key, key) for key in grant.named]
+        for key in erased:
+            if key in self._idle:
+                self._forget(key)
+        return len(erased), len(ghosts)
+
+    def _to_ghost(self, key: bytes) -> bytes:
+        """Give a held page a name that no prompt has."""
+        self._ghosts += 1
+        ghost = _GHOST + self._ghosts.to_bytes(8, "big")
+        self._holders[ghost] = self._holders.pop(key)
+        del self._tags[key]
+        self._touched[key] = None
+        return ghost
 
     def take(self) -> Change:
         """The net change since the last call."""
@@ -80,7 +112,7 @@ class Pages:
 
     def snapshot(self) -> bytes:
         """Every block that can be found."""
-        return b"".join(self._holders)
+        return b"".join(key for key in self._holders if not _is_ghost(key))
 
     def check(self, grants: Iterable[Grant]) -> None:
         """Raise unless these grants hold exactly the pages that are held."""
@@ -108,4 +140,10 @@ class Pages:
 
     def _forget(self, key: bytes) -> None:
         del self._idle[key], self._holders[key]
-        self._touched[key] = None
+        self._tags.pop(key, None)
+        if not _is_ghost(key):
+            self._touched[key] = None
+
+
+def _is_ghost(key: bytes) -> bool:
+    return key.startswith(_GHOST)

@@ -11,24 +11,38 @@ from dataclasses import dataclass, field
 from xxhash import xxh3_64_intdigest
 
 from kv.block import TOKEN_BYTES, chain, root_key
-from workers.messages import Delta, Handoff, Load, Replica, Role, Sources, Submit, Totals
+from kv.salt import tag_of
+from workers.messages import (
+    FORGOTTEN,
+    Delta,
+    Handoff,
+    Load,
+    Replica,
+    Role,
+    Sources,
+    Submit,
+    Totals,
+)
 from workers.sim_pages import Grant, Pages
 
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One request on one engine. `digest` is of the prompt whose KV it uses."""
+    """One request on one engine. `digest` is of the prompt whose KV it uses; a `concealed` one
+    runs on KV from before its tenant was forgotten, and names no blocks."""
 
     submit: Submit
     max_tokens: int
     keys: list[bytes]
     digest: int
     handoff: Handoff | None
+    tag: str
     grant: Grant = field(default_factory=Grant)
     hit_tokens: int = 0
     received_tokens: int = 0
     produced: int = 0
     aborted: bool = False
+    concealed: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -69,15 +83,20 @@ class Steps:
         self.leases: dict[str, _Lease] = {}
         self._waiting: deque[Run] = deque()
         self._totals: Counter[str] = Counter()
+        self._forgotten: dict[str, float] = {}
 
-    def add(self, submit: Submit) -> bool:
+    def add(self, submit: Submit, now_s: float) -> bool:
         """Queue a request; False if its pages could never fit."""
         known = submit.tokens + submit.answered
-        keys = chain(root_key(None), known, self._replica.block_tokens)
-        left = int(submit.body) - len(submit.answered) // TOKEN_BYTES
+        asked, _, salt = submit.body.decode().partition(" ")
+        keys = chain(root_key(salt or None), known, self._replica.block_tokens)
+        left = int(asked) - len(submit.answered) // TOKEN_BYTES
         max_tokens = 1 if submit.role is Role.PREFILL else left
         digest = xxh3_64_intdigest(submit.tokens)
-        run = Run(submit, max_tokens, keys, digest, submit.handoff)
+        run = Run(submit, max_tokens, keys, digest, submit.handoff, tag_of(salt))
+        if submit.handoff is not None:
+            recent = now_s < self._forgotten.get(run.tag, 0.0)
+            run.concealed = FORGOTTEN in submit.handoff or recent
         if self._pages_of(run) > self.pages.total:
             return False
         self.runs[submit.request_id] = run
@@ -98,6 +117,13 @@ class Steps:
         elif run in self.streams:
             self.streams.remove(run)
             self._end(run)
+
+    def erase(self, tags: tuple[str, ...], now_s: float) -> tuple[int, int]:
+        """What `workers.erasure` does: how many blocks were erased, and how many are in use."""
+        self._forgotten.update(dict.fromkeys(tags, now_s + 2 * self._lease_s))
+        for run in self.runs.values():
+            run.concealed = run.concealed or run.tag in tags
+        return self.pages.erase(tags, self._grants())
 
     def admit(self) -> tuple[Run | None, list[Run]]:
         """Give pages in order of arrival, until one is to compute: that one, and who loads."""
@@ -126,7 +152,7 @@ class Steps:
         else:
             self._totals["transfers"] += 1
             run.digest, run.received_tokens = digest, run.prompt_tokens - run.hit_tokens
-            self.pages.publish(run.grant, run.keys)
+            self._publish(run)
             self.streams.append(run)
 
     def finish(self, computed: Run | None, now_s: float) -> list[Delta]:
@@ -134,7 +160,7 @@ class Steps:
         if computed is not None and computed.aborted:
             self._end(computed)
         elif computed is not None:
-            self.pages.publish(computed.grant, computed.keys)
+            self._publish(computed)
             self.streams.append(computed)
         return [self._next_delta(run, now_s) for run in list(self.streams)]
 
@@ -167,8 +193,15 @@ class Steps:
 
     def check(self) -> None:
         """Raise unless requests and leases hold exactly the pages that are held."""
+        self.pages.check(self._grants())
+
+    def _grants(self) -> list[Grant]:
         leased = (lease.grant for lease in self.leases.values())
-        self.pages.check([*(run.grant for run in self.runs.values()), *leased])
+        return [*(run.grant for run in self.runs.values()), *leased]
+
+    def _publish(self, run: Run) -> None:
+        if not run.concealed:
+            self.pages.publish(run.grant, run.keys, run.tag)
 
     def _reserve(self, run: Run) -> bool:
         # The last token is always computed, as in vLLM, since it gives the logits.
@@ -203,7 +236,8 @@ class Steps:
         self.leases[request_id] = _Lease(run.grant, run.digest, now_s + self._lease_s)
         run.grant = Grant()
         engine = {"remote_engine_id": self._replica.name, "remote_epoch": self._replica.epoch}
-        return {**engine, "remote_request_id": request_id}
+        forgotten = {FORGOTTEN: True} if run.concealed else {}
+        return {**engine, "remote_request_id": request_id, **forgotten}
 
     def _sources(self, run: Run) -> Sources:
         device, received = run.hit_tokens, run.received_tokens

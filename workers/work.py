@@ -7,6 +7,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kv.block import unpack_tokens
+from kv.salt import tag_of
 from workers.carry import carry
 from workers.connector import KEEP_FOR_DECODE
 from workers.messages import Delta, Role, Sources, Submit
@@ -20,6 +21,8 @@ def engine_request(submit: Submit) -> EngineCoreRequest:
     request: EngineCoreRequest = _decoder.decode(submit.body)
     request.request_id = submit.request_id
     request.prompt_token_ids = unpack_tokens(submit.tokens)
+    # In every event of its blocks; clients have no sessions here (`workers.erasure`).
+    request.session_id = tag_of(request.cache_salt)
     carry(request, unpack_tokens(submit.answered))
     if submit.role is Role.PREFILL:
         request.sampling_params = _prefill_params()

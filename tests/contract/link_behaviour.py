@@ -9,10 +9,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from kv.block import TOKEN_BYTES, split_keys
+from kv.salt import UNTAGGED
 from workers.messages import (
     Abort,
     Blocks,
     Delta,
+    Forget,
+    Forgotten,
     Inbox,
     Link,
     Load,
@@ -33,13 +36,14 @@ class Stage:
     """One prefill and one decode replica, both idle and with an empty cache for these prompts.
 
     `prompt(i)` gives packed tokens of at least three blocks, different for each i; `body(n)` asks
-    for n greedy tokens whatever they are.
+    for n greedy tokens whatever they are, `salted(n, salt)` for the same under a salt.
     """
 
     prefill: Connect
     decode: Connect
     prompt: Callable[[int], bytes]
     body: Callable[[int], bytes]
+    salted: Callable[[int, str], bytes]
     patience_s: float = 20.0
 
 
@@ -95,6 +99,31 @@ class Side:
         self.link.send(submit)
         await self.until(lambda: self.heard.finished(submit.request_id), submit.request_id)
         return self.heard.deltas(submit.request_id)
+
+    async def hit(self, name: str, tokens: bytes, body: bytes) -> int:
+        """Prompt tokens that this replica neither computed nor received for a new request."""
+        sources = (await self.run(Submit(name, Role.DECODE, tokens, body)))[0].sources
+        assert sources is not None
+        return sources.device_tokens
+
+    def order(self, tags: tuple[str, ...]) -> str:
+        """Have tags forgotten; the order's name."""
+        order_id = f"order {len(self.heard.replies)}"
+        self.link.send(Forget(order_id, tags))
+        return order_id
+
+    async def forgotten(self, order_id: str) -> Forgotten:
+        """The answer to an order."""
+
+        def answers() -> list[Forgotten]:
+            told = [reply for reply in self.heard.replies if isinstance(reply, Forgotten)]
+            return [answer for answer in told if answer.order_id == order_id]
+
+        await self.until(lambda: bool(answers()), order_id)
+        return answers()[0]
+
+    async def forget(self, tags: tuple[str, ...]) -> Forgotten:
+        return await self.forgotten(self.order(tags))
 
     async def load(self, true: Callable[[Load], bool], what: str) -> None:
         await self.until(lambda: true(self.heard.load), what)
@@ -221,6 +250,101 @@ async def load_is_zero_when_idle(stage: Stage) -> None:
     await _close(*sides)
 
 
+# As `kv.salt.tagged` makes them: one tenant with two salts, and another.
+_ACME, _ACME_OWN, _OTHER = "aa.11", "aa.22", "bb.33"
+_FORGET_ACME = ("aa",)
+
+
+async def forgetting_erases_one_tenant_only(stage: Stage) -> None:
+    """After Forget every prompt of the tenant is computed anew, under whatever salt; another
+    tenant's still hits. The blocks are told as removed before the answer comes, and the answer
+    counts them."""
+    _, decode = sides = await _sides(stage)
+    tokens = stage.prompt(8)
+    for name, salt in enumerate((_ACME, _ACME_OWN, _OTHER)):
+        await decode.run(Submit(f"f{name}", Role.DECODE, tokens, stage.salted(2, salt)))
+    await decode.load(_idle, "an idle replica")
+    before = _held(decode.heard.blocks())
+    answer = await decode.forget(_FORGET_ACME)
+    after = _held(decode.heard.blocks())
+    assert len(before - after) == answer.blocks >= 6
+    assert answer.in_use == 0
+    assert await decode.hit("f3", tokens, stage.salted(2, _ACME)) == 0
+    assert await decode.hit("f4", tokens, stage.salted(2, _ACME_OWN)) == 0
+    assert await decode.hit("f5", tokens, stage.salted(2, _OTHER)) > 0
+    assert await decode.hit("f6", tokens, stage.salted(2, _ACME)) > 0
+    assert (await decode.forget(("cc",))).blocks == 0
+    await _close(*sides)
+
+
+async def forgetting_leaves_unsalted_blocks(stage: Stage) -> None:
+    """Blocks without a salt have a tag of their own, which alone erases them."""
+    _, decode = sides = await _sides(stage)
+    tokens = stage.prompt(9)
+    await decode.run(Submit("u0", Role.DECODE, tokens, stage.body(2)))
+    await decode.forget(_FORGET_ACME)
+    assert await decode.hit("u1", tokens, stage.body(2)) > 0
+    assert (await decode.forget((UNTAGGED,))).blocks >= 3
+    assert await decode.hit("u2", tokens, stage.body(2)) == 0
+    await _close(*sides)
+
+
+async def a_running_stream_survives_being_forgotten(stage: Stage) -> None:
+    """A stream goes on to the same tokens; nothing that it computed before or after can be
+    found, while it runs or afterwards."""
+    _, decode = sides = await _sides(stage)
+    tokens, body = stage.prompt(10), stage.salted(200, _ACME)
+    await decode.run(Submit("s0", Role.DECODE, tokens, body))
+    decode.link.send(Submit("s1", Role.DECODE, tokens, body))
+    await decode.until(lambda: len(decode.heard.tokens("s1")) > 20, "tokens of s1")
+    assert not decode.heard.finished("s1")
+    assert (await decode.forget(_FORGET_ACME)).in_use >= 3
+    assert not decode.heard.finished("s1")
+    assert await decode.hit("s2", tokens, stage.salted(2, _ACME)) == 0
+    await decode.until(lambda: decode.heard.finished("s1"), "s1")
+    assert decode.heard.tokens("s1") == decode.heard.tokens("s0")
+    await decode.load(_idle, "an idle replica")
+    await decode.forget(_FORGET_ACME)
+    assert await decode.hit("s3", tokens, stage.salted(2, _ACME)) == 0
+    await _close(*sides)
+
+
+async def a_leased_prefill_survives_being_forgotten(stage: Stage) -> None:
+    """A finished prefill that is forgotten before it is read gives the same tokens, and is found
+    on neither side afterwards."""
+    prefill, decode = await _sides(stage)
+    tokens, body = stage.prompt(11), stage.salted(6, _ACME)
+    handoff = (await prefill.run(Submit("g0", Role.PREFILL, tokens, body)))[-1].handoff
+    await prefill.load(lambda load: load.leased == 1, "a lease")
+    await decode.forget(_FORGET_ACME)
+    assert (await prefill.forget(_FORGET_ACME)).in_use >= 3
+    sources = (await decode.run(Submit("g1", Role.DECODE, tokens, body, handoff)))[0].sources
+    assert sources is not None
+    assert sources.received_tokens > 0
+    await prefill.load(_idle, "the lease to end")
+    assert await decode.hit("g2", tokens, body) == 0
+    assert decode.heard.tokens("g1") == decode.heard.tokens("g2")
+    assert await prefill.hit("g3", tokens, stage.salted(1, _ACME)) == 0
+    await _close(prefill, decode)
+
+
+async def a_prefill_that_runs_when_forgotten_is_not_kept(stage: Stage) -> None:
+    """A prefill that has not finished when the order comes says so in its handoff, so that the
+    decode replica does not keep it either, whether the order reached that before or after."""
+    prefill, decode = await _sides(stage)
+    tokens, body = stage.prompt(12), stage.salted(4, _ACME)
+    prefill.link.send(Submit("h0", Role.PREFILL, tokens, body))
+    order = prefill.order(_FORGET_ACME)
+    await prefill.until(lambda: prefill.heard.finished("h0"), "h0")
+    await prefill.forgotten(order)
+    handoff = prefill.heard.deltas("h0")[-1].handoff
+    await decode.run(Submit("h1", Role.DECODE, tokens, body, handoff))
+    assert await decode.hit("h2", tokens, body) == 0
+    assert decode.heard.tokens("h1") == decode.heard.tokens("h2")
+    assert await prefill.hit("h3", tokens, stage.salted(1, _ACME)) == 0
+    await _close(prefill, decode)
+
+
 def _idle(load: Load) -> bool:
     return load.waiting == load.running == load.leased == load.pending_prefill_tokens == 0
 
@@ -247,4 +371,9 @@ BEHAVIOURS: tuple[Callable[[Stage], Awaitable[None]], ...] = (
     an_abort_before_the_read_ends_the_lease,
     blocks_have_no_gaps,
     load_is_zero_when_idle,
+    forgetting_erases_one_tenant_only,
+    forgetting_leaves_unsalted_blocks,
+    a_running_stream_survives_being_forgotten,
+    a_leased_prefill_survives_being_forgotten,
+    a_prefill_that_runs_when_forgotten_is_not_kept,
 )

@@ -30,7 +30,8 @@ class Cluster:
     admin_key: str = "none"
 
     def get(self, path: str) -> Any:
-        headers = {"authorization": f"Bearer {self.admin_key}"}
+        key = os.environ.get("BREAKEVEN_ADMIN_KEY", self.admin_key)
+        headers = {"authorization": f"Bearer {key}"}
         request = urllib.request.Request(self.url + path, headers=headers)
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)

@@ -31,9 +31,9 @@ async def test_a_real_replica_does_what_the_simulator_does(
 
     from router.client import body_of
 
-    def body(n_tokens: int) -> bytes:
+    def body(n_tokens: int, salt: str | None = None) -> bytes:
         params = SamplingParams(temperature=0.0, max_tokens=n_tokens, ignore_eos=True)
-        request = EngineCoreRequest("x", None, None, params, None, 0.0, None, None, None)
+        request = EngineCoreRequest("x", None, None, params, None, 0.0, None, salt, None)
         return body_of(request)
 
     def prompt(which: int) -> bytes:
@@ -47,4 +47,4 @@ async def test_a_real_replica_does_what_the_simulator_does(
         return connect
 
     prefill, decode = pair
-    await BEHAVIOURS[number](Stage(to(prefill), to(decode), prompt, body))
+    await BEHAVIOURS[number](Stage(to(prefill), to(decode), prompt, body, body))

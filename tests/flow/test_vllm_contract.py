@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
@@ -47,6 +48,29 @@ def test_the_engine_core_has_what_the_step_loop_uses() -> None:
         assert callable(getattr(EngineCore, name))
     source = inspect.getsource(EngineCore.__init__)
     for attribute in ("self.scheduler", "self.batch_queue", "self.step_fn", "self.aborts_queue"):
+        assert attribute in source
+
+
+def test_events_carry_the_session_and_nothing_else_reads_it() -> None:
+    """`workers.erasure` finds a tenant's blocks by the tag that travels there."""
+    import vllm.v1.worker as worker
+    from vllm.v1.core import block_pool
+    from vllm.v1.core.sched import scheduler
+
+    assert "session_id=request.session_id" in inspect.getsource(block_pool.BlockPool)
+    assert "session_id" not in inspect.getsource(scheduler)
+    runners = Path(worker.__file__).parent.rglob("*.py")
+    assert not any("session_id" in runner.read_text() for runner in runners)
+
+
+def test_the_block_pool_has_what_the_erasure_uses() -> None:
+    """Names to pages, eviction by page, and which free pages a connector still reads."""
+    from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
+
+    assert callable(BlockHashToBlockMap.get_one_block)
+    assert callable(BlockPool.evict_blocks)
+    source = inspect.getsource(BlockPool.__init__)
+    for attribute in ("self.blocks", "self.cached_block_hash_to_block", "self._reuse_watchers"):
         assert attribute in source
 
 

@@ -29,6 +29,6 @@ async def test_the_simulator_keeps_the_contract(
             cluster.start(sim_replica(f"{role}-0", role, COSTS), COSTS) for role in Role
         )
         sides = (partial(engine.connect, follow=True) for engine in (prefill, decode))
-        await behaviour(Stage(*sides, prompt, sim_body))
+        await behaviour(Stage(*sides, prompt, sim_body, sim_body))
         for engine in (prefill, decode):
             engine.check_integrity()

@@ -11,6 +11,8 @@ from workers.messages import (
     Abort,
     Blocks,
     Delta,
+    Forget,
+    Forgotten,
     Hello,
     Load,
     Release,
@@ -65,6 +67,7 @@ REQUESTS = {
     Release: st.builds(Release, text, handoffs),
     Resync: st.builds(Resync),
     Reset: st.builds(Reset),
+    Forget: st.builds(Forget, text, st.lists(text, max_size=2).map(tuple)),
 }
 REPLIES = {
     Welcome: st.builds(Welcome, replicas),
@@ -82,6 +85,7 @@ REPLIES = {
         st.booleans(),
     ),
     Blocks: st.builds(Blocks, counts, binary, binary, st.booleans()),
+    Forgotten: st.builds(Forgotten, text, counts, counts),
 }
 
 
