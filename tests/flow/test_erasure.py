@@ -20,7 +20,7 @@ def test_an_erased_tenant_leaves_no_byte_behind(tiny_model: Path) -> None:
     overwritten; its tokens do not change."""
     found = run(tiny_model)
     full = len(PROMPT) // BLOCK_TOKENS
-    assert len(found["before"]) == 2 * (full + 1)
+    assert len(found["before"]) == 2 * full + 1  # vLLM gives an unnamed page out again first
     assert found["idle"] == [full, 0]
     assert len(found["after"]) == full
     blocks, in_use = found["running"]
