@@ -9,6 +9,7 @@ from ray.serve import Application
 
 from cluster.config import APP, Config, Pool
 from router.settings import IngressSettings
+from workers.curve import server_keys
 from workers.messages import Role
 from workers.replica import ReplicaSettings
 
@@ -34,10 +35,10 @@ def build(
     Deployed again, Serve replaces the replicas of those pools whose count in `restarts` grew.
     """
     pools = [
-        _engines(config, Role.PREFILL, config.prefill, model, scratch, restarts),
-        _engines(config, Role.DECODE, config.decode, model, scratch, restarts),
+        _engines(config, Role.PREFILL, config.prefill, model, scratch, secret, restarts),
+        _engines(config, Role.DECODE, config.decode, model, scratch, secret, restarts),
     ]
-    others = [_catalogue(config), *(pool for pool in pools if pool is not None)]
+    others = [_catalogue(config, secret), *(pool for pool in pools if pool is not None)]
     return _ingress(config, model, secret, others)
 
 
@@ -53,6 +54,7 @@ def _engines(
     pool: Pool,
     model: Path | str,
     scratch: Path,
+    secret: bytes,
     restarts: Mapping[str, int],
 ) -> Application | None:
     if pool.replicas == 0:
@@ -66,6 +68,8 @@ def _engines(
         served_names=config.served_names,
         engine=engine_options(config, pool),
         host=config.host,
+        # Not the secret itself: a replica need not know tenants by name.
+        channel_keys=server_keys(secret),
         scratch=str(scratch),
         transports=config.kv.transports,
         lease_s=config.kv.lease_s,
@@ -143,7 +147,7 @@ def _ingress(
     return _versioned(deployment, 0).bind(APP, settings, *others)
 
 
-def _catalogue(config: Config) -> Application:
+def _catalogue(config: Config, secret: bytes) -> Application:
     from cluster.deployment import CatalogueReplica
 
     section = config.catalogue
@@ -160,7 +164,7 @@ def _catalogue(config: Config) -> Application:
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=_START_TRIES,
     )
-    return _versioned(deployment, 0).bind(APP, config.host)
+    return _versioned(deployment, 0).bind(APP, config.host, secret)
 
 
 def _resolved(path: str | None) -> str | None:

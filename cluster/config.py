@@ -24,6 +24,7 @@ APP = "breakeven"
 DEFAULT = HOME / "configs" / "cpu.yaml"
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+_WILDCARDS = frozenset({"", "0.0.0.0", "::", "*"})
 # Ray waits 60 s for an application to end, and so does `down`.
 MAX_DRAIN_S = 45.0
 
@@ -151,14 +152,12 @@ def cache_dir() -> Path:
 def _check(config: Config, source: str) -> None:
     if config.decode.replicas < 1:
         raise ConfigError(source, "decode.replicas is 0, at least 1 wanted: tokens come from there")
+    if config.host in _WILDCARDS:
+        raise ConfigError(source, f"host {config.host} is no address that others could reach")
     if config.ingress.host not in LOOPBACK and config.ingress.keys_file is None:
         complaint = f"ingress.host {config.ingress.host} is not loopback: set ingress.keys_file"
         raise ConfigError(source, complaint)
     _check_tls(config.ingress, source)
-    if config.host not in LOOPBACK:
-        raise ConfigError(
-            source, f"host {config.host} is not loopback: replicas do not authenticate yet"
-        )
 
 
 def _check_tls(ingress: IngressSection, source: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import uuid
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -15,6 +16,7 @@ from router.serve_adapter import GcsDirectory, GcsOrders
 from router.settings import IngressSettings
 from workers import announce, logs, serve_port
 from workers.channel import ChannelLink
+from workers.curve import client_keys, server_keys
 from workers.errors import WorkerError
 from workers.messages import Inbox, Link, Replica
 
@@ -42,8 +44,10 @@ class IngressReplica:
         now = asyncio.get_running_loop().time
         directory = GcsDirectory(cluster, now)
         orders = GcsOrders(cluster, settings.secret)
-        line = CatalogueLine(directory, name, settings.replica_host, now)
-        ingress = Ingress(name, settings, directory, orders, ChannelLink, line, args, config)
+        keys = client_keys(settings.secret)
+        link = partial(ChannelLink, keys=keys)
+        line = CatalogueLine(directory, name, settings.replica_host, keys, now)
+        ingress = Ingress(name, settings, directory, orders, link, line, args, config)
         self._ingress = ingress
         self._task = asyncio.create_task(ingress.serve())
 
@@ -70,17 +74,17 @@ class CatalogueReplica:
     """The class of the catalogue deployment."""
 
     # Serve awaits it.
-    async def __init__(self, cluster: str, host: str) -> None:  # type: ignore[misc]
+    async def __init__(self, cluster: str, host: str, secret: bytes) -> None:  # type: ignore[misc]
         serve_port.bind_to(host)
         name = f"catalogue-{serve.get_replica_context().rank.rank}"
         logs.configure(name)
 
         def connect(replica: Replica, inbox: Inbox) -> Link:
-            return ChannelLink(replica.address, name, inbox, follow=True)
+            return ChannelLink(replica.address, name, inbox, client_keys(secret), follow=True)
 
         now = asyncio.get_running_loop().time
         node = CatalogueNode(GcsDirectory(cluster, now), connect, now)
-        server = CatalogueServer(host, node.holdings, node.beat, now)
+        server = CatalogueServer(host, server_keys(secret), node.holdings, node.beat, now)
         seat = Seat(name, uuid.uuid4().hex, server.address, host)
         key = seat_prefix(cluster) + seat.epoch
         self._tasks = [

@@ -27,3 +27,7 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     shadow: Policy | None = None
     tls_cert_file: str | None = None
     tls_key_file: str | None = None
+
+    def __repr__(self) -> str:
+        # The secret stays out of logs and tracebacks.
+        return f"IngressSettings({self.host}:{self.port}, ...)"

@@ -11,6 +11,7 @@ from typing import cast
 import zmq
 import zmq.asyncio
 
+from workers import curve
 from workers import messages as wire
 from workers.errors import WireError
 
@@ -26,12 +27,20 @@ class ChannelLink:
     With `follow` the replica tells its blocks too.
     """
 
-    def __init__(self, address: str, ingress: str, inbox: wire.Inbox, follow: bool = False) -> None:
+    def __init__(
+        self,
+        address: str,
+        ingress: str,
+        inbox: wire.Inbox,
+        keys: curve.ClientKeys,
+        follow: bool = False,
+    ) -> None:
         self._address, self._inbox = address, inbox
         self._hello = wire.Hello(ingress, follow)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.SNDHWM, _BACKLOG)
         self._socket.setsockopt(zmq.LINGER, 0)
+        curve.unlock(self._socket, keys)
         self._socket.connect(address)
         self._tasks = [asyncio.create_task(self._greet()), asyncio.create_task(self._receive())]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from workers import connector, lanes
+from workers.curve import ServerKeys
 from workers.errors import EngineDeadError, EngineStartError
 from workers.messages import Replica, Role
 from workers.server import ReplicaServer
@@ -28,6 +29,7 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     served_names: tuple[str, ...]
     engine: dict[str, object]
     host: str
+    channel_keys: ServerKeys
     scratch: str
     transports: str | None = None
     lease_s: int = 30
@@ -46,7 +48,7 @@ class ReplicaProcess:
         scratch.mkdir(parents=True, exist_ok=True)
         self._ucx_log = scratch / f"ucx-{name}-{os.getpid()}.log"
         self._side_channel = connector.prepare(settings.host, self._ucx_log, settings.transports)
-        self._server = ReplicaServer(settings.host)
+        self._server = ReplicaServer(settings.host, settings.channel_keys)
         try:
             self.replica = self._start_engine()
         except Exception as error:  # the edge to vLLM: whatever it is, the engine did not start

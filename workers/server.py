@@ -15,6 +15,7 @@ import zmq
 import zmq.asyncio
 
 from kv.block import KEY_BYTES, unpack_tokens
+from workers import curve
 from workers import messages as wire
 from workers.errors import EngineDeadError, WireError
 
@@ -54,12 +55,14 @@ class _Peer:
 class ReplicaServer:
     """Carries out what ingresses ask of one engine, and tells them what it does."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, keys: curve.ServerKeys) -> None:
+        self._keys = keys
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.SNDHWM, _BACKLOG)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
+        curve.lock(self._socket, keys)
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
         self._peers: dict[bytes, _Peer] = {}
@@ -78,6 +81,7 @@ class ReplicaServer:
         self._loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(curve.admit(self._context, self._keys))
                 tasks.create_task(self._receive())
                 tasks.create_task(self._beat())
         finally:

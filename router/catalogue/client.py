@@ -11,6 +11,7 @@ import zmq.asyncio
 
 from router.catalogue import wire
 from router.catalogue.wire import Expect, Found, Seat
+from workers import curve
 from workers.errors import WireError
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,16 @@ class Seats(Protocol):
 class CatalogueLine:
     """A `wire.Line` over ZMQ: to the catalogue of this node, or of another where it has none."""
 
-    def __init__(self, seats: Seats, ingress: str, node: str, now: Callable[[], float]) -> None:
-        self._seats, self._ingress, self._node, self._now = seats, ingress, node, now
+    def __init__(
+        self,
+        seats: Seats,
+        ingress: str,
+        node: str,
+        keys: curve.ClientKeys,
+        now: Callable[[], float],
+    ) -> None:
+        self._seats, self._ingress, self._node = seats, ingress, node
+        self._keys, self._now = keys, now
         # What a catalogue that is new has to be told.
         self._standing: dict[str, wire.Question] = {}
         self._numbers = itertools.count()
@@ -134,6 +143,7 @@ class CatalogueLine:
         self._seat = seat
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        curve.unlock(self._socket, self._keys)
         self._socket.connect(seat.address)
         self._receiving = asyncio.create_task(self._receive(self._socket))
         for message in self._standing.values():

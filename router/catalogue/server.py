@@ -12,6 +12,7 @@ from kv.block import split_keys
 from router.catalogue import wire
 from router.catalogue.accounts import Accounts
 from router.catalogue.holdings import Holdings
+from workers import curve
 from workers.errors import WireError
 
 logger = logging.getLogger(__name__)
@@ -28,16 +29,18 @@ class CatalogueServer:
     def __init__(
         self,
         host: str,
+        keys: curve.ServerKeys,
         holdings: Holdings,
         beat: Callable[[], wire.Beat],
         now: Callable[[], float],
     ) -> None:
         self._holdings, self._beat, self._now = holdings, beat, now
-        self._accounts = Accounts(now)
+        self._accounts, self._keys = Accounts(now), keys
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.SNDHWM, _BACKLOG)
         self._socket.setsockopt(zmq.LINGER, 0)
+        curve.lock(self._socket, keys)
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
         self._heard: dict[bytes, float] = {}
@@ -46,6 +49,7 @@ class CatalogueServer:
         """Until cancelled."""
         try:
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(curve.admit(self._context, self._keys))
                 tasks.create_task(self._receive())
                 tasks.create_task(self._beats())
         finally:

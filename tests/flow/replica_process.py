@@ -17,9 +17,11 @@ import msgspec
 
 from cluster.app import engine_options, environment
 from cluster.config import load
+from workers.curve import server_keys
 from workers.messages import Replica, Role
 from workers.replica import ReplicaProcess, ReplicaSettings
 
+SECRET = b"of this test".ljust(32)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -61,6 +63,7 @@ async def _serve(name: str, role: str, model: str, folder: Path) -> None:
         served_names=("tiny",),
         engine=engine_options(config, pool),
         host="127.0.0.1",
+        channel_keys=server_keys(SECRET),
         scratch=str(folder),
         probe_s=0.5,
     )

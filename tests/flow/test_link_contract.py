@@ -8,8 +8,9 @@ import pytest
 
 from kv.block import pack_tokens
 from tests.contract.link_behaviour import BEHAVIOURS, Stage
-from tests.flow.replica_process import replicas
+from tests.flow.replica_process import SECRET, replicas
 from workers.channel import ChannelLink
+from workers.curve import client_keys
 from workers.messages import Inbox, Link, Replica
 
 
@@ -42,7 +43,7 @@ async def test_a_real_replica_does_what_the_simulator_does(
 
     def to(replica: Replica):  # type: ignore[no-untyped-def]
         def connect(inbox: Inbox) -> Link:
-            return ChannelLink(replica.address, "contract", inbox, follow=True)
+            return ChannelLink(replica.address, "contract", inbox, client_keys(SECRET), follow=True)
 
         return connect
 

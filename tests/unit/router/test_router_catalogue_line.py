@@ -16,9 +16,11 @@ from router.catalogue.server import CatalogueServer
 from router.catalogue.wire import Beat, Expect, Seat, Taken
 from router.errors import RateLimitError
 from router.limits import Limits
+from workers.curve import client_keys, server_keys, unlock
 from workers.messages import Blocks
 
 KEY = b"k" * 16
+SECRET = b"s" * 32
 WAIT_S = 10.0
 
 
@@ -46,7 +48,9 @@ async def catalogue(name: str = "catalogue-0", node: str = "here") -> AsyncItera
     now = asyncio.get_running_loop().time
     holdings = Holdings()
     holdings.follow("a", Blocks(0, stored=KEY, snapshot=True))
-    server = CatalogueServer("127.0.0.1", holdings, lambda: Beat(1, {"a": 1}, 0.0), now)
+    server = CatalogueServer(
+        "127.0.0.1", server_keys(SECRET), holdings, lambda: Beat(1, {"a": 1}, 0.0), now
+    )
     task = asyncio.create_task(server.serve())
     try:
         yield Catalogue(holdings, server, Seat(name, name, server.address, node))
@@ -57,7 +61,7 @@ async def catalogue(name: str = "catalogue-0", node: str = "here") -> AsyncItera
 
 @asynccontextmanager
 async def line(seats: Seats, name: str = "ingress-0") -> AsyncIterator[CatalogueLine]:
-    made = CatalogueLine(seats, name, "here", asyncio.get_running_loop().time)
+    made = CatalogueLine(seats, name, "here", client_keys(SECRET), asyncio.get_running_loop().time)
     task = asyncio.create_task(made.watch())
     try:
         yield made
@@ -155,10 +159,24 @@ async def test_the_catalogue_of_the_own_node_is_preferred() -> None:
                 assert list(chosen.server.ingresses())
 
 
+async def test_another_cluster_s_ingress_gets_nothing() -> None:
+    """Without this cluster's keys nobody is told what is cached, or heard."""
+    async with catalogue() as here:
+        now = asyncio.get_running_loop().time
+        stranger = CatalogueLine(Seats([here.seat]), "x", "here", client_keys(b"t" * 32), now)
+        task = asyncio.create_task(stranger.watch())
+        await asyncio.sleep(1.0)
+        assert not stranger.up
+        assert not here.server.ingresses()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_bytes_that_are_no_message_end_nothing() -> None:
     """The catalogue drops them and goes on."""
     async with catalogue() as here, line(Seats([here.seat])) as asking:
         rogue = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        unlock(rogue, client_keys(SECRET))
         rogue.connect(here.seat.address)
         await rogue.send(b"\xff nonsense")
         await until(lambda: asking.up, "an answer")

@@ -16,10 +16,14 @@ import zmq.asyncio
 import workers
 from workers import channel, server
 from workers.channel import ChannelLink
+from workers.curve import client_keys, server_keys, unlock
+from workers.erasure import Erased
 from workers.messages import (
     Abort,
     Blocks,
     Delta,
+    Forget,
+    Forgotten,
     Load,
     Reply,
     Reset,
@@ -35,6 +39,7 @@ from workers.server import ReplicaServer
 from workers.sim import SimCosts, sim_replica
 
 REPLICA = sim_replica("decode-0", Role.DECODE, SimCosts())
+SECRET = bytes(range(32))
 SUBMIT = Submit("r1", Role.DECODE, b"\x01\0\0\0", b"body")
 
 
@@ -46,6 +51,7 @@ class NotingEngine:
     added: list[Any] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     forgot: int = 0
+    erased: list[tuple[str, ...]] = field(default_factory=list)
     failure: BaseException | None = None
     stalled: float = 0.0
 
@@ -62,6 +68,10 @@ class NotingEngine:
 
     def forget(self) -> None:
         self.forgot += 1
+
+    def erase(self, tags: tuple[str, ...], receiver: Callable[[Erased], None]) -> None:
+        self.erased.append(tags)
+        receiver(Erased(blocks=7, in_use=2))
 
     def snapshot(self, receiver: Callable[[bytes], None]) -> None:
         receiver(self.held)
@@ -103,9 +113,10 @@ async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
     monkeypatch.setattr(workers, "work", work, raising=False)
     monkeypatch.setattr(server, "_BEAT_S", 0.02)
     monkeypatch.setattr(channel, "_HELLO_EVERY_S", 0.05)
-    served, engine, inbox = ReplicaServer("127.0.0.1"), NotingEngine(), Inbox()
+    served, engine, inbox = ReplicaServer("127.0.0.1", server_keys(SECRET)), NotingEngine(), Inbox()
     serving = asyncio.create_task(served.serve(engine, REPLICA))  # type: ignore[arg-type]
-    link = ChannelLink(served.address, "ingress-0", inbox, follow=True)
+    keys = client_keys(SECRET)
+    link = ChannelLink(served.address, "ingress-0", inbox, keys, follow=True)
     await until(lambda: inbox.of(Blocks))
     yield Pair(served, engine, serving, inbox, link)
     link.close()
@@ -179,6 +190,14 @@ async def test_orders_reach_the_engine(pair: Pair) -> None:
     assert pair.inbox.of(Step) == []
 
 
+async def test_an_order_to_forget_is_answered_once_carried_out(pair: Pair) -> None:
+    """Whoever asked is told how much was erased."""
+    pair.link.send(Forget("o1", ("aa", "bb")))
+    await until(lambda: pair.inbox.of(Forgotten))
+    assert pair.engine.erased == [("aa", "bb")]
+    assert pair.inbox.of(Forgotten) == [Forgotten("o1", 7, 2)]
+
+
 async def test_a_request_that_cannot_start_is_answered_with_an_error(pair: Pair) -> None:
     """One bad request ends itself, not the replica."""
     pair.link.send(Submit("bad", Role.DECODE, b"", b"bad"))
@@ -225,6 +244,7 @@ async def test_a_link_that_closes_frees_its_requests(
 async def test_a_stranger_s_request_is_not_run(pair: Pair) -> None:
     """Who has not said Hello could not be answered."""
     with zmq.asyncio.Context.instance().socket(zmq.DEALER) as stranger:
+        unlock(stranger, client_keys(SECRET))
         stranger.connect(pair.server.address)
         await stranger.send(encode(SUBMIT))
         await stranger.send(encode(Reset()))
