@@ -26,7 +26,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kv.block import pack_tokens
 from router.context import Bound, Notes, RequestContext, bound
-from router.errors import STATUS, RouterError
+from router.errors import STATUS, RouterError, UnservableError
 from router.pipeline import Pipeline
 from router.request import Request
 from router.salt import Salter
@@ -52,7 +52,11 @@ class ClusterCore:
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Start a request in the task context of the HTTP request that it belongs to."""
-        task = asyncio.create_task(self._serve(_request(request, self._salter)))
+        try:
+            asked = _request(request, self._salter)
+        except RouterError as error:  # vLLM would call any other error its own
+            raise _http_error(error) from error
+        task = asyncio.create_task(self._serve(asked))
         self._tasks[request.request_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
 
@@ -156,7 +160,10 @@ class ClusterClient(AsyncLLM):
 
 
 def body_of(request: EngineCoreRequest) -> bytes:
-    """What the engine is to do, without the prompt and without what clients must not steer."""
+    """What the engine is to do, without the prompt and without what clients must not steer.
+
+    Raises `UnservableError` for what cannot be sent to an engine.
+    """
     bare = copy(request)
     bare.prompt_token_ids = None
     bare.priority = 0
@@ -164,9 +171,13 @@ def body_of(request: EngineCoreRequest) -> bytes:
     bare.kv_hints = None
     bare.trace_headers = None
     # An encoder a call: with tensors it is not thread-safe, and it holds what it last encoded.
-    head, *rest = MsgpackEncoder().encode(bare)
+    name = request.request_id
+    try:
+        head, *rest = MsgpackEncoder().encode(bare)
+    except OverflowError as error:
+        raise UnservableError(name, "a number in it has more than 64 bits") from error
     if rest:
-        raise ValueError("requests with tensors (images, embeddings) are not served")
+        raise UnservableError(name, "it has tensors (images, embeddings)")
     return bytes(head)
 
 

@@ -5,6 +5,7 @@ RouterError
 ├── OverloadedError     the ingress holds as many requests as it may  503
 ├── RateLimitError      a tenant is over its limits                   429
 ├── TooManyError        one call asks for more answers than fit       400
+├── UnservableError     a request that no engine can be given            400
 ├── AccessError         no key, or one that is not known              401
 ├── KeyFileError        the key file cannot be used                   500
 ├── OrderError          an order did not reach the cluster            503
@@ -77,6 +78,17 @@ class TooManyError(RouterError):
         return f"{self.wanted} answers wanted in one call, {self.limit} allowed; lower n"
 
 
+class UnservableError(RouterError):
+    """A request that cannot be written down for an engine."""
+
+    def __init__(self, request_id: str, complaint: str) -> None:
+        super().__init__(request_id, complaint)
+        self.request_id, self.complaint = request_id, complaint
+
+    def __str__(self) -> str:
+        return f"request {self.request_id} cannot be served: {self.complaint}"
+
+
 class AccessError(RouterError):
     """A request without a key, or with one that is not in force."""
 
@@ -145,6 +157,7 @@ STATUS: dict[type[RouterError], HTTPStatus] = {
     OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
     RateLimitError: HTTPStatus.TOO_MANY_REQUESTS,
     TooManyError: HTTPStatus.BAD_REQUEST,
+    UnservableError: HTTPStatus.BAD_REQUEST,
     AccessError: HTTPStatus.UNAUTHORIZED,
     KeyFileError: HTTPStatus.INTERNAL_SERVER_ERROR,
     OrderError: HTTPStatus.SERVICE_UNAVAILABLE,

@@ -70,6 +70,8 @@ _STEERING = (
     "request_id",
     "vllm_xargs",
 )
+# vLLM looks into these before it has checked that they are objects.
+_OBJECTS = ("structured_outputs",)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -191,6 +193,7 @@ def _enter(request_id: str, body: bytes) -> tuple[RequestContext, bytes]:
         return RequestContext(request_id), body  # vLLM words the error
     if not isinstance(fields, dict):
         return RequestContext(request_id), body
+    _check_objects(fields)
     context = RequestContext(
         request_id=request_id,
         service_class=_service_class(fields.get("service_tier")),
@@ -199,6 +202,13 @@ def _enter(request_id: str, body: bytes) -> tuple[RequestContext, bytes]:
     )
     removed = [fields.pop(name) for name in _STEERING if name in fields]
     return context, json.dumps(fields).encode() if removed else body
+
+
+def _check_objects(fields: dict[str, Any]) -> None:
+    for name in _OBJECTS:
+        value = fields.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise _Refusal(400, f"{name} is a JSON {type(value).__name__}; an object is wanted")
 
 
 def _tenant(scope: Scope, keys: KeyRing | None) -> str:

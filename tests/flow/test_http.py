@@ -193,6 +193,8 @@ BAD: list[tuple[str, str, Any, int, str]] = [
     ("a negative token", "/v1/completions", {"prompt": [-5]}, 400, ""),
     ("over the context", "/v1/completions", {"prompt": [5] * 8193, "max_tokens": 9}, 400, "8192"),
     ("NaN temperature", "/v1/completions", b'{"prompt":"a","temperature":NaN}', 400, ""),
+    ("an endless number", "/v1/completions", {"prompt": "a", "top_k": 10**30}, 400, "64 bits"),
+    ("a grammar in a list", "/v1/completions", {"prompt": "a", "structured_outputs": []}, 400, ""),
     ("a huge n", "/v1/completions", {"prompt": "a", "n": 10**9}, 400, ""),
     (
         "a broken schema",

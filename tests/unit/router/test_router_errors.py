@@ -14,6 +14,7 @@ from router.errors import (
     RequestLostError,
     RouterError,
     TooManyError,
+    UnservableError,
 )
 from router.limits import Account, Limits, judge
 
@@ -22,6 +23,7 @@ EACH = [
     OverloadedError(256, 256),
     RateLimitError("acme", judge(Account(8), Limits(max_requests=8), 0.0)),
     TooManyError(300, 256),
+    UnservableError("r1", "a number in it has more than 64 bits"),
     AccessError("API key", True),
     KeyFileError("keys.yaml", "is no YAML"),
     OrderError("GCS does not answer"),

@@ -188,6 +188,17 @@ async def test_a_body_that_is_no_object_is_left_to_vllm(body: bytes) -> None:
     assert (await post(body))["body"].encode() == body
 
 
+@pytest.mark.parametrize("value", [[], [1], 3, "a", True, 0.5])
+async def test_a_field_that_vllm_takes_for_an_object_is_one(value: object) -> None:
+    """vLLM reads keys of `structured_outputs` before it checks its type, and answered 500."""
+    async with client() as http:
+        reply = await http.post(CHAT, json={"messages": [], "structured_outputs": value})
+    assert reply.status_code == 400
+    assert "structured_outputs is a JSON" in error_of(reply)["message"]
+    for fine in (None, {}, {"regex": "a"}):
+        await post({"messages": [], "structured_outputs": fine})
+
+
 async def test_a_body_nested_without_end_is_refused() -> None:
     """Too deep to parse is the client's error."""
     deep = Guard(APP, 10_000_000, SECRET)
