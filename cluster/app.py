@@ -124,6 +124,7 @@ def _ingress(
         compute_price=config.router.compute_price,
         policy=config.router.policy,
         shadow=config.router.shadow,
+        session_slack=config.router.session_slack,
         drain_s=section.drain_s,
         request_timeout_s=section.request_timeout_s,
         keys_file=_resolved(section.keys_file),

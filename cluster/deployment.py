@@ -12,6 +12,7 @@ from router.catalogue.client import CatalogueLine
 from router.catalogue.node import CatalogueNode
 from router.catalogue.server import CatalogueServer
 from router.catalogue.wire import Seat, SeatRecord, seat_prefix
+from router.pauses import freeze_start
 from router.serve_adapter import GcsDirectory, GcsOrders
 from router.settings import IngressSettings
 from workers import announce, logs, serve_port
@@ -84,6 +85,7 @@ class CatalogueReplica:
 
         now = asyncio.get_running_loop().time
         node = CatalogueNode(GcsDirectory(cluster, now), connect, now)
+        freeze_start()
         server = CatalogueServer(host, server_keys(secret), node.holdings, node.beat, now)
         seat = Seat(name, uuid.uuid4().hex, server.address, host)
         key = seat_prefix(cluster) + seat.epoch

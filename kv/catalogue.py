@@ -9,11 +9,14 @@ every shard, so a restarted engine is never credited with the blocks it lost.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from kv.errors import CatalogueError
 
 # Masks are shared between keys to save 32 bytes a block; past this many the sharing starts anew.
 MAX_SHARED_MASKS = 65_536
+# Holders of masks that lookups ended with, kept because many prompts begin alike.
+MAX_KNOWN_GROUPS = 4096
 # The shard is picked by bits of the hash that a shard's own dict, of up to 2**20 slots, leaves out.
 SHARD_HASH_SHIFT = 20
 
@@ -27,10 +30,12 @@ class Tier(StrEnum):
     PEER = "peer"
     VAULT = "vault"
 
+    # Enum's own is a Python function; holders are hashed up to 64 times a lookup.
+    __hash__ = str.__hash__
 
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """One tier of one replica."""
+
+class Holder(NamedTuple):
+    """One tier of one replica; a tuple because that hashes four times as fast as a dataclass."""
 
     replica: str
     tier: Tier
@@ -54,13 +59,14 @@ class Catalogue:
     no shards.
     """
 
-    def __init__(self, shards: int = 1024) -> None:
+    def __init__(self, shards: int = 4096) -> None:
         if shards < 1:
             raise CatalogueError("catalogue", f"{shards} shards", "give at least 1")
         self._shards: list[dict[bytes, int]] = [{} for _ in range(shards)]
         self._shared_masks: dict[int, int] = {}
         self._bits: dict[Holder, int] = {}  # each holder's bit as a mask of one
         self._holders: dict[int, Holder] = {}  # the inverse of _bits
+        self._groups: dict[int, tuple[Holder, ...]] = {}  # holders by mask
         self._blocks: dict[Holder, int] = {}
         self._live = 0  # all bits in _bits
         self._forgotten = 0  # bits that wait for a sweep to begin
@@ -92,17 +98,21 @@ class Catalogue:
     def remove(self, holder: Holder, keys: Iterable[bytes]) -> None:
         """`holder` no longer has these blocks; those it never had change nothing."""
         bit = self._bits.get(holder, 0)
+        if not bit:
+            return
         shards, n_shards, share = self._shards, len(self._shards), self._sharing()
+        removed = 0
         for key in keys:
             shard = shards[(hash(key) >> SHARD_HASH_SHIFT) % n_shards]
             held = shard.get(key, 0)
             if not held & bit:
                 continue
-            self._blocks[holder] -= 1
+            removed += 1
             if left := held ^ bit:
                 shard[key] = share(left, left)
             else:
                 del shard[key]
+        self._blocks[holder] -= removed
 
     def forget(self, holder: Holder) -> None:
         """All blocks of `holder` are gone: its engine died, restarted or cleared its cache.
@@ -112,11 +122,12 @@ class Catalogue:
         bit = self._bits.pop(holder, 0)
         if bit:
             del self._holders[bit], self._blocks[holder]
+            self._groups.clear()
             self._live ^= bit
             self._forgotten |= bit
 
     def sweep(self, max_shards: int) -> int:
-        """Clear forgotten holders from up to `max_shards` shards, about 1 ms for 10,000 blocks.
+        """Clear forgotten holders from up to `max_shards` shards, 0.2 to 1 ms for 2,500 blocks.
 
         Returns how many shards are still to be swept; 0 when every forgotten bit is free again.
         """
@@ -128,14 +139,53 @@ class Catalogue:
         under_way = n_shards - self._cursor if self._sweeping else 0
         return under_way + (n_shards if self._forgotten else 0)
 
-    def depths(self, keys: Sequence[bytes]) -> Mapping[Holder, int]:
+    def depths(self, keys: Sequence[bytes], closed: bool = True) -> Mapping[Holder, int]:
         """How many of the leading `keys` each holder has; holders without the first are left out.
 
-        A linear walk: unlike a bisect it is exact where a block was removed from mid-chain.
+        `closed` promises that holders keep prefixes closed, as an engine does that evicts the end
+        of a prompt first; then a bisect looks at few of the keys. Where a block was removed from
+        mid-chain all the same, a bisect may credit its holder with more than it can use, never
+        with less, which can only misroute. Without the promise every key is walked.
         """
-        shards, n_shards = self._shards, len(self._shards)
+        if not (keys and self._live):
+            return {}
+        shards, first = self._shards, keys[0]
+        shard = shards[(hash(first) >> SHARD_HASH_SHIFT) % len(shards)]
+        held = self._live & shard.get(first, 0)
+        if not held:
+            return {}
+        return self._bisect(keys, held) if closed else self._walk(keys, held)
+
+    def blocks(self, holder: Holder) -> int:
+        """How many blocks `holder` has; 0 for one that is unknown or forgotten."""
+        return self._blocks.get(holder, 0)
+
+    def _bisect(self, keys: Sequence[bytes], held: int) -> dict[Holder, int]:
+        """The depths of all in `held`, who have the first key; no key is looked at twice."""
         found: dict[Holder, int] = {}
-        held = self._live
+        shards, n_shards = self._shards, len(self._shards)
+        groups = [(held, 1, len(keys) + 1)]
+        while groups:
+            # Whoever is in `held` has a depth in [least, beyond).
+            held, least, beyond = groups.pop()
+            while beyond - least > 1:
+                depth = (least + beyond) >> 1
+                key = keys[depth - 1]
+                have = held & shards[(hash(key) >> SHARD_HASH_SHIFT) % n_shards].get(key, 0)
+                if have == held:
+                    least = depth
+                    continue
+                if have:
+                    groups.append((have, depth, beyond))
+                    held ^= have
+                beyond = depth
+            self._record(found, held, least)
+        return found
+
+    def _walk(self, keys: Sequence[bytes], held: int) -> dict[Holder, int]:
+        """The same, key by key: exact whatever was removed."""
+        found: dict[Holder, int] = {}
+        shards, n_shards = self._shards, len(self._shards)
         for depth, key in enumerate(keys):
             left = held & shards[(hash(key) >> SHARD_HASH_SHIFT) % n_shards].get(key, 0)
             if left != held:
@@ -146,15 +196,24 @@ class Catalogue:
         self._record(found, held, len(keys))
         return found
 
-    def blocks(self, holder: Holder) -> int:
-        """How many blocks `holder` has; 0 for one that is unknown or forgotten."""
-        return self._blocks.get(holder, 0)
-
     def _record(self, found: dict[Holder, int], mask: int, depth: int) -> None:
-        while depth and mask:
-            bit = mask & -mask
-            found[self._holders[bit]] = depth
-            mask ^= bit
+        one = self._holders.get(mask)
+        if one is not None:
+            found[one] = depth
+            return
+        group = self._groups.get(mask) or self._group(mask)
+        found.update(dict.fromkeys(group, depth))
+
+    def _group(self, mask: int) -> tuple[Holder, ...]:
+        if len(self._groups) >= MAX_KNOWN_GROUPS:
+            self._groups.clear()
+        holders, left = [], mask
+        while left:
+            bit = left & -left
+            holders.append(self._holders[bit])
+            left ^= bit
+        self._groups[mask] = group = tuple(holders)
+        return group
 
     def _enter(self, holder: Holder) -> int:
         if self._free:

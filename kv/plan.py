@@ -37,6 +37,7 @@ class Reason(StrEnum):
     CHEAPER_REMOTE = "cheaper_remote"  # computing on P, with the handoff, costs less than on D
     NO_PREFILL_REPLICA = "no_prefill_replica"  # several D were routable, but no P
     NO_CATALOGUE = "no_catalogue"  # nobody could say what is cached where: planned as if nothing
+    SESSION = "session"  # about as cheap as the best, and where this session's other turns go
     PROMPT_LOGPROBS = "prompt_logprobs"  # every position is computed where the answer is made
     LEAST_LOADED = "least_loaded"  # the kill switch: costs were not looked at
     PREFIX_AFFINITY = "prefix_affinity"  # a baseline: the longest cached prefix
@@ -83,7 +84,7 @@ class Rival:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The chosen plan of one request: spans that tile its prompt, and the rivals it beat.
+    """The chosen plan of one request: spans that tile its prompt, and the next best rivals.
 
     `cost_s` is the objective that plans are ranked by: predicted seconds, plus a price in seconds
     for GPU time, bytes moved and cache displaced. Raises PlanError for no spans, for spans with a

@@ -5,12 +5,15 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import msgspec
+
 from kv.block import pack_tokens
-from router.catalogue.holdings import Expectations, deepen
-from router.catalogue.wire import Expect, Found, Line, Taken
+from router.catalogue.holdings import Expectations, deepest
+from router.catalogue.wire import Expect, Found, Line
 from router.member import Member
+from router.pools import Pools
 from router.roster import Directory, Roster
-from router.snapshot import ReplicaView, Snapshot
+from router.snapshot import Snapshot
 from router.warm import Pairs
 from workers.messages import Blocks, Link, Replica, Role, Submit, Totals
 
@@ -37,6 +40,7 @@ class Fleet:
         # Totals of replicas that left, by their lanes.
         self.retired: dict[tuple[str, ...], Totals] = {}
         self._expected = Expectations()
+        self._pools = Pools(self.roster.by_name, self._expected.taken)
         self._named = 0
         self._seen_pair = self._seen_catalogue = False
 
@@ -94,24 +98,10 @@ class Fleet:
 
     def snapshot(self, keys: Sequence[bytes], found: Found | None) -> Snapshot:
         """What is routable now, with the depth to which each replica holds `keys`, or will."""
-        depths = dict(found.depths) if found is not None else {}
-        deepen(depths, self._expected.depths(keys))
-        others = found.taken if found is not None else {}
-        heading = self._expected.taken()
-        decode = self.up(Role.DECODE)
-
-        def views(role: Role) -> tuple[ReplicaView, ...]:
-            # What may get work: up, and not finishing up.
-            routable = [member for member in self.up(role) if not member.load.draining]
-            return tuple(_view(member, depths, others, heading) for member in routable)
-
-        return Snapshot(
-            prefill=views(Role.PREFILL),
-            decode=views(Role.DECODE),
-            links=self.pairs.links,
-            kv_bytes_per_token=decode[0].replica.kv_bytes_per_token if decode else 0,
-            blind=found is None,
-        )
+        expected = self._expected.depths(keys)
+        if found is not None and expected:
+            found = msgspec.structs.replace(found, depths=deepest(found.depths, expected))
+        return self._pools.snapshot(found, self.pairs.links)
 
     @contextmanager
     def expecting(
@@ -127,11 +117,13 @@ class Fleet:
         epoch, joined = member.replica.epoch, b"".join(keys)
         expect = Expect(str(self._named), epoch, prefill_tokens, joined)
         self._expected.add(expect)
+        self._pools.touch(member)
         self.line.expect(expect)
         try:
             yield
         finally:
             self._expected.remove(expect.name)
+            self._pools.touch(member)
             self.line.met(expect.name)
 
     # ------------------------------------------------------------------ the roster's keeper
@@ -144,6 +136,7 @@ class Fleet:
             on_blocks=_no_blocks,
             now=self._now,
             probe=self._probe,
+            on_change=self._pools.touch,
         )
 
     def lost(self, member: Member) -> None:
@@ -152,6 +145,7 @@ class Fleet:
 
     def gone(self, member: Member) -> None:
         """Its counts stay: sums of counters must not fall."""
+        self._pools.touch(member)
         lanes, totals = member.load.lanes, member.load.totals
         self.retired[lanes] = self.retired.get(lanes, Totals()).plus(totals)
 
@@ -163,22 +157,3 @@ class Fleet:
 
 def _no_blocks(_: Member, __: Blocks) -> None:
     """Blocks are the catalogue's business; an ingress does not ask for them."""
-
-
-def _view(
-    member: Member, depths: dict[str, int], others: dict[str, Taken], heading: dict[str, Taken]
-) -> ReplicaView:
-    replica, load = member.replica, member.load
-    theirs, ours = (taken.get(replica.epoch, Taken()) for taken in (others, heading))
-    return ReplicaView(
-        name=member.name,
-        curve=member.curve,
-        step_s=replica.step_s,
-        # Its report lags by up to a beat; what was sent and not answered is known at once.
-        queued_prefills=max(load.pending_prefills, ours.prefills + theirs.prefills),
-        queued_tokens=max(load.pending_prefill_tokens, ours.prefill_tokens + theirs.prefill_tokens),
-        waiting=load.waiting,
-        running=max(load.running, member.requests + ours.requests + theirs.requests),
-        max_num_seqs=replica.max_num_seqs,
-        hit_tokens=depths.get(replica.epoch, 0) * replica.block_tokens,
-    )

@@ -27,6 +27,7 @@ from router.guard import App, Guard, Receive, Scope, Send
 from router.member import Member
 from router.metrics import FleetMetrics, PolicyMetrics, RequestMetrics
 from router.orders import InForce, Order, Orders
+from router.pauses import freeze_start
 from router.pipeline import Pipeline
 from router.planner import Planner, Prices
 from router.policy_admin import PolicyAdmin
@@ -75,7 +76,7 @@ class Ingress:
         registry.register(PolicyMetrics(self._in_force.order, shadow))
         audit = Audit(now, RequestMetrics(registry))
         self._admission = Admission(settings.max_requests)
-        prices = Prices(settings.assumed_streams, settings.compute_price)
+        prices = Prices(settings.assumed_streams, settings.compute_price, settings.session_slack)
         planner = Planner(self.fleet, prices, self._in_force.order)
         pipeline = Pipeline(self.fleet, planner, shadow, self._admission, audit, now)
         salter = Salter(settings.secret, separate=self._keys is not None)
@@ -90,6 +91,7 @@ class Ingress:
     async def serve(self) -> None:
         """Listen, and follow the fleet; on cancellation requests may finish for `drain_s`."""
         app = await self._app()
+        freeze_start()
         # A restarted ingress serves nothing under an order that is over.
         await self._in_force.look()
         with _listening(self._settings.host, self._settings.port) as sock:

@@ -37,9 +37,9 @@ _PROBE_AGAIN_S = 5.0
 class Member:
     """Follows one engine, from its welcome until it is lost.
 
-    An `Inbox` for its link. `on_blocks` gets every change of what it holds, in order. With
-    `probe`, it is up only once its engine has answered such a request: a process that welcomes
-    may still hang.
+    An `Inbox` for its link. `on_blocks` gets every change of what it holds, in order; `on_change`
+    is told whenever it is up or down, or has more or less to do than before. With `probe`, it is
+    up only once its engine has answered such a request: a process that welcomes may still hang.
     """
 
     def __init__(
@@ -49,12 +49,14 @@ class Member:
         on_blocks: Callable[["Member", Blocks], None],
         now: Callable[[], float],
         probe: Callable[[], Submit] | None = None,
+        on_change: Callable[["Member"], None] = lambda member: None,
     ) -> None:
         self.replica = replica
         self.load = Load()
         self.up = False
         self.curve = curve_of(replica)
         self._on_blocks, self._now, self._probe = on_blocks, now, probe
+        self._on_change = on_change
         self._probing: tuple[str, float] | None = None
         self.heard_at = now()
         self._sequence: int | None = None
@@ -89,6 +91,7 @@ class Member:
         request_id = submit.request_id
         answers: asyncio.Queue[Delta | WorkerError] = asyncio.Queue()
         self._answers[request_id] = answers
+        self._on_change(self)
         self._link.send(submit)
         try:
             async with aclosing(self._deltas(request_id, answers)) as deltas:
@@ -96,7 +99,9 @@ class Member:
         finally:
             if unread is not None:
                 self._take_unread(request_id, answers, unread)
-            if self._answers.pop(request_id, None) is not None and self.up:
+            unfinished = self._answers.pop(request_id, None) is not None
+            self._on_change(self)
+            if unfinished and self.up:
                 self._link.send(Abort([request_id]))
 
     async def _deltas(
@@ -170,6 +175,7 @@ class Member:
                     self._answer(delta)
             case Load():
                 self.load = reply
+                self._on_change(self)
                 self._probe_again()
             case Blocks():
                 self._blocks(reply)
@@ -186,6 +192,7 @@ class Member:
         for answers in self._answers.values():
             answers.put_nowait(ReplicaLostError(self.name, complaint))
         self._answers.clear()
+        self._on_change(self)
         for fail in self._readers:
             fail(ReplicaLostError(self.name, complaint))
         for done in self._orders.values():
@@ -208,6 +215,7 @@ class Member:
         """Up at the answer of a probe; at once where none is asked for."""
         if self._probe is None:
             self.up = True
+            self._on_change(self)
             return
         submit = self._probe()
         self._probing = (submit.request_id, self._now())
@@ -224,6 +232,7 @@ class Member:
             logger.warning("%s refused a probe: %s", self.name, delta.error)
             return
         self._probing, self.up = None, True
+        self._on_change(self)
 
     def _answer(self, delta: Delta) -> None:
         if self._probing is not None and delta.request_id == self._probing[0]:
@@ -233,6 +242,7 @@ class Member:
         if answers is not None:
             if delta.finish_reason is not None:
                 del self._answers[delta.request_id]
+                self._on_change(self)
             answers.put_nowait(delta)
         elif delta.handoff is not None and delta.request_id in self._orphans:
             self._orphans.pop(delta.request_id)[1](delta.handoff)

@@ -7,8 +7,9 @@ from itertools import count
 from kv.block import TOKEN_BYTES, chain, root_key
 from router.fleet import Fleet
 from router.orders import Order
-from router.policy.pair import Question
+from router.policy.question import Question
 from router.policy.registry import CHOOSE
+from router.policy.session import affinity
 from router.request import Request
 from router.shadow import Choice
 
@@ -19,6 +20,7 @@ class Prices:
 
     assumed_streams: float = 0.5
     compute_price: float = 0.1
+    session_slack: float = 0.1
 
 
 class Planner:
@@ -44,6 +46,8 @@ class Planner:
             assumed_streams=self._prices.assumed_streams,
             local_only=request.local_only,
             compute_price=self._prices.compute_price,
+            affinity=affinity(request.context.tenant, request.context.cache_key),
+            session_slack=self._prices.session_slack,
             ticket=next(self._tickets),
         )
         order = self._order()

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -49,6 +49,11 @@ class Roster:
     def __init__(self, directory: Directory, keeper: Keeper, now: Callable[[], float]) -> None:
         self._directory, self._keeper, self._now = directory, keeper, now
         self._members: dict[str, Member] = {}
+
+    @property
+    def by_name(self) -> Mapping[str, Member]:
+        """All that are known, up or not; follows every change."""
+        return self._members
 
     async def watch(self) -> None:
         """Until cancelled: follow the directory, notice silence."""

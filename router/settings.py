@@ -20,6 +20,7 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 10_000_000
     assumed_streams: float = 0.5
     compute_price: float = 0.1
+    session_slack: float = 0.1
     drain_s: float = 30.0
     request_timeout_s: float | None = None
     keys_file: str | None = None

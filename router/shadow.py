@@ -15,7 +15,7 @@ from kv.plan import Plan
 from router.audit import Record, Shadowed
 from router.orders import Order
 from router.policy import Policy
-from router.policy.pair import Question
+from router.policy.question import Question
 from router.policy.registry import CHOOSE, Choose
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """What a catalogue process knows: blocks that replicas hold, and blocks that they will."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kv.block import split_keys
 from kv.catalogue import Catalogue, Delta, Holder, Tier
@@ -18,6 +18,7 @@ class Expectations:
     def __init__(self) -> None:
         self._blocks = Catalogue(shards=1)
         self._open: dict[str, Expect] = {}
+        self._taken: dict[str, Taken] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -31,26 +32,30 @@ class Expectations:
         self.remove(expect.name)
         self._open[expect.name] = expect
         self._blocks.add(_holder(expect.epoch), split_keys(expect.keys))
+        self._taken[expect.epoch] = self.taken(expect.epoch).plus(_taken(expect, 1))
 
     def remove(self, name: str) -> None:
         """Nothing, where the name is unknown."""
         expect = self._open.pop(name, None)
-        if expect is not None:
-            # A sibling's own expectation may go with this one; that costs a prediction only.
-            self._blocks.remove(_holder(expect.epoch), split_keys(expect.keys))
+        if expect is None:
+            return
+        # A sibling's own expectation may go with this one; that costs a prediction only.
+        self._blocks.remove(_holder(expect.epoch), split_keys(expect.keys))
+        left = self._taken.pop(expect.epoch).plus(_taken(expect, -1))
+        if left.requests:
+            self._taken[expect.epoch] = left
 
     def depths(self, keys: Sequence[bytes]) -> dict[str, int]:
         """Leading blocks that are expected, by epoch."""
         return {holder.replica: depth for holder, depth in self._blocks.depths(keys).items()}
 
-    def taken(self) -> dict[str, Taken]:
-        """What each replica was sent."""
-        taken: dict[str, Taken] = {}
-        for expect in self._open.values():
-            tokens = expect.prefill_tokens
-            one = Taken(1, int(tokens > 0), tokens)
-            taken[expect.epoch] = taken.get(expect.epoch, Taken()).plus(one)
-        return taken
+    def taken(self, epoch: str) -> Taken:
+        """What a replica was sent."""
+        return self._taken.get(epoch, Taken())
+
+    def all_taken(self) -> Mapping[str, Taken]:
+        """The same of every replica that was sent something."""
+        return self._taken
 
 
 class Holdings:
@@ -98,16 +103,20 @@ class Holdings:
         for other, expected in self._expected.items():
             if other == ingress or not len(expected):
                 continue
-            deepen(depths, expected.depths(keys))
-            for epoch, more in expected.taken().items():
+            depths = deepest(depths, expected.depths(keys))
+            for epoch, more in expected.all_taken().items():
                 taken[epoch] = taken.get(epoch, Taken()).plus(more)
         return Found(depths, taken)
 
 
-def deepen(depths: dict[str, int], more: dict[str, int]) -> None:
-    """The deeper of both, in place."""
-    for epoch, depth in more.items():
-        depths[epoch] = max(depth, depths.get(epoch, 0))
+def deepest(depths: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    """The deeper of both, by epoch."""
+    return {epoch: max(depths.get(epoch, 0), more.get(epoch, 0)) for epoch in depths | more}
+
+
+def _taken(expect: Expect, sign: int) -> Taken:
+    tokens = expect.prefill_tokens
+    return Taken(sign, sign * (tokens > 0), sign * tokens)
 
 
 def _holder(epoch: str) -> Holder:

@@ -7,7 +7,7 @@ tokens only. Without prefill replicas it is plain least-loaded routing over equa
 from collections.abc import Sequence
 
 from kv.plan import Plan, Reason
-from router.policy.pair import Question
+from router.policy.question import Question
 from router.policy.uncosted import plan
 from router.snapshot import ReplicaView
 

@@ -3,142 +3,190 @@
 Costs are predicted seconds. Three are not the request's own: a prefill on a decode replica stalls
 every stream that runs there for as long as it takes, one more stream lengthens every step, and
 what is computed twice is paid for twice.
+
+All plans are priced at once: `local` on each decode replica, then `remote` on each pair, in one
+vector whose order is by shape, decode replica and prefill replica. Of equals the first is taken.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from kv.plan import Plan, Reason, Rival, Shape, Source, Span
+from router.columns import (
+    BASE_S,
+    ENTRY_S,
+    OWN_S,
+    PER_TOKEN2_S,
+    PER_TOKEN_S,
+    QUEUE_S,
+    RUNNING,
+    WAITING_S,
+    Columns,
+    Floats,
+)
 from router.errors import NoReplicaError
-from router.snapshot import ReplicaView, Snapshot
+from router.policy.question import Question
+from router.policy.session import preferred
+
+# Plans that were not chosen and are kept for the audit.
+MAX_RIVALS = 3
+# Costs nearer than this ratio are equal: they differ by the order of additions.
+TIE = 1e-9
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One request against one snapshot.
+class _Prices(NamedTuple):
+    """Every plan of one question: `local` on each decode replica, then `remote` on each pair.
 
-    `assumed_streams` is how many streams are taken to run on a decode replica that is idle now:
-    they are whom a prefill there would stall if they came while it lasts. `compute_price` is how
-    many seconds of waiting a second of computing is worth. `ticket` numbers the questions of an
-    ingress, for policies that take turns.
+    `compute_s` and `lacked_bytes` are by replica.
     """
 
-    prompt_tokens: int
-    snapshot: Snapshot
-    assumed_streams: float
-    local_only: bool = False
-    compute_price: float = 0.1
-    ticket: int = 0
+    columns: Columns
+    cost_s: Floats
+    compute_s: Floats
+    lacked_bytes: Floats
 
+    def pair(self, plan: int) -> tuple[int, int | None]:
+        """The places of a plan's decode and prefill replicas."""
+        names, n_decode = self.columns.names, self.columns.n_decode
+        if plan < n_decode:
+            return plan, None
+        d, p = divmod(plan - n_decode, len(names) - n_decode)
+        return d, n_decode + p
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    shape: Shape
-    prefill: ReplicaView | None
-    decode: ReplicaView
-    predicted_ttft_s: float
-    cost_s: float
+    def names(self, plan: int) -> tuple[str | None, str]:
+        """Its prefill and its decode replica."""
+        d, p = self.pair(plan)
+        names = self.columns.names
+        return None if p is None else names[p], names[d]
 
-    def rank(self) -> tuple[float, str, str, str]:
-        """Cheapest first; ties by name, so that equal snapshots give equal plans."""
-        prefill = self.prefill.name if self.prefill else ""
-        return self.cost_s, self.shape, self.decode.name, prefill
+    def described(self, plan: int) -> tuple[Shape, str | None, str, float]:
+        """Its shape, its replicas, and its seconds to the first token."""
+        (d, p), (names, n_decode, loads, links, _) = self.pair(plan), self.columns
+        if p is None:
+            return Shape.LOCAL, None, names[d], float(loads[QUEUE_S, d] + self.compute_s[d])
+        at = d, p - n_decode
+        # A link's curve ends at the first token, so D's own step is in it.
+        link_s = links.latency_s[at] + links.per_byte_s[at] * self.lacked_bytes[d]
+        ttft_s = loads[QUEUE_S, p] + self.compute_s[p] + link_s + loads[WAITING_S, d]
+        return Shape.REMOTE, names[p], names[d], float(ttft_s)
 
 
 def choose(question: Question) -> Plan:
-    """The cheapest plan. Raises `NoReplicaError` when no decode replica is routable."""
+    """The cheapest plan, or its session's. Raises `NoReplicaError` without a decode replica."""
     snapshot = question.snapshot
-    candidates = [_local(question, decode) for decode in snapshot.decode]
-    if not question.local_only:
-        candidates += _remotes(question)
-    if not candidates:
-        raise NoReplicaError(len(snapshot.prefill), len(snapshot.decode))
-    best, *others = sorted(candidates, key=_Candidate.rank)
+    if not snapshot.decode:
+        raise NoReplicaError(len(snapshot.prefill), 0)
+    prices = _price(question)
+    cheapest = best = _first_of_the_cheapest(prices.cost_s)
+    if question.affinity is not None:
+        best = _of_session(question.affinity, question.session_slack, prices, cheapest)
+    shape, prefill, decode, ttft_s = prices.described(best)
     return Plan(
-        shape=best.shape,
-        reason=_reason(question, best, len(candidates)),
-        prefill=best.prefill.name if best.prefill else None,
-        decode=best.decode.name,
-        spans=_spans(question.prompt_tokens, best.prefill or best.decode),
-        predicted_ttft_s=best.predicted_ttft_s,
-        cost_s=best.cost_s,
-        rivals=tuple(_rival(other) for other in others),
+        shape=shape,
+        reason=_reason(question, prices, cheapest, best),
+        prefill=prefill,
+        decode=decode,
+        spans=_spans(question.prompt_tokens, prices, best),
+        predicted_ttft_s=ttft_s,
+        cost_s=float(prices.cost_s[best]),
+        rivals=_rivals(prices, best),
     )
 
 
-def _local(question: Question, decode: ReplicaView) -> _Candidate:
-    compute_s = _compute_s(question.prompt_tokens, decode)
-    ttft_s = _queue_s(decode) + compute_s
-    stalled = max(float(decode.running), question.assumed_streams)
-    cost_s = ttft_s + (stalled + question.compute_price) * compute_s + _crowding_s(decode)
-    return _Candidate(Shape.LOCAL, None, decode, ttft_s, cost_s)
+def _price(question: Question) -> _Prices:
+    n, snapshot = question.prompt_tokens, question.snapshot
+    columns = snapshot.columns or Columns.of(snapshot.decode, snapshot.prefill, snapshot.links)
+    names, n_decode, loads, links, hit_tokens = columns
+    lacked = n - _usable(n, hit_tokens)
+    compute_s = _compute_s(n, lacked, loads)
+    lacked_bytes = lacked * snapshot.kv_bytes_per_token
+    n_prefill = 0 if question.local_only else len(names) - n_decode
+    cost_s = np.empty(n_decode * (1 + n_prefill))
+    local_s = cost_s[:n_decode]
+    np.maximum(loads[RUNNING, :n_decode], question.assumed_streams, out=local_s)
+    local_s += 1.0 + question.compute_price
+    local_s *= compute_s[:n_decode]
+    local_s += loads[OWN_S, :n_decode]
+    if n_prefill:
+        remote_s = cost_s[n_decode:].reshape(n_decode, n_prefill)
+        np.multiply(links.per_byte_s, lacked_bytes[:n_decode, None], out=remote_s)
+        remote_s += links.latency_s
+        remote_s += loads[ENTRY_S, :n_decode, None]
+        computed_s = compute_s[n_decode:] * (1.0 + question.compute_price)
+        computed_s += loads[QUEUE_S, n_decode:]
+        remote_s += computed_s
+    return _Prices(columns, cost_s, compute_s, lacked_bytes)
 
 
-def _remotes(question: Question) -> Iterator[_Candidate]:
-    snapshot, n = question.snapshot, question.prompt_tokens
-    for prefill in snapshot.prefill:
-        compute_s = _compute_s(n, prefill)
-        computed_s = _queue_s(prefill) + compute_s
-        for decode in snapshot.decode:
-            link = snapshot.links.get((prefill.name, decode.name))
-            if link is None:
-                continue
-            moved_bytes = (n - _usable(n, decode)) * snapshot.kv_bytes_per_token
-            # A link's curve ends at the first token, so D's own step is in it.
-            ttft_s = computed_s + link.seconds(moved_bytes) + decode.waiting * decode.step_s
-            cost_s = ttft_s + question.compute_price * compute_s + _crowding_s(decode)
-            yield _Candidate(Shape.REMOTE, prefill, decode, ttft_s, cost_s)
-
-
-def _compute_s(prompt_tokens: int, replica: ReplicaView) -> float:
-    hit = _usable(prompt_tokens, replica)
-    return replica.curve.seconds(prompt_tokens - hit, hit)
-
-
-def _usable(prompt_tokens: int, replica: ReplicaView) -> int:
+def _usable(prompt_tokens: int, hit_tokens: Floats) -> Floats:
     """An engine always computes the last token itself, since that gives the logits."""
-    return min(replica.hit_tokens, prompt_tokens - 1)
+    return np.minimum(hit_tokens, prompt_tokens - 1)
 
 
-def _queue_s(replica: ReplicaView) -> float:
-    """Until the replica has computed what it was given before."""
-    waiting_s = replica.waiting * replica.step_s
-    if not replica.queued_tokens:
-        return waiting_s
-    # Each prompt is a prefill of its own: one of their sum would cost its square.
-    prefills = max(1, replica.queued_prefills)
-    return waiting_s + prefills * replica.curve.seconds(replica.queued_tokens // prefills, 0)
+def _compute_s(prompt_tokens: int, lacked: Floats, loads: Floats) -> Floats:
+    """`PrefillCurve.seconds` of each replica; its n^2 - h^2 is (n - h)(n + h)."""
+    seconds = 2.0 * prompt_tokens - lacked  # n + h
+    seconds *= loads[PER_TOKEN2_S]
+    seconds += loads[PER_TOKEN_S]
+    seconds *= lacked
+    seconds += loads[BASE_S]
+    return seconds
 
 
-def _crowding_s(decode: ReplicaView) -> float:
-    """What one more stream costs those that run: spreads streams over idle replicas."""
-    full = decode.running >= decode.max_num_seqs
-    return decode.running * decode.step_s * (decode.max_num_seqs if full else 1)
+def _first_of_the_cheapest(cost_s: Floats) -> int:
+    least_s = cost_s[cost_s.argmin()]
+    return int((cost_s <= least_s * (1.0 + TIE)).argmax())
 
 
-def _reason(question: Question, best: _Candidate, candidates: int) -> Reason:
+def _of_session(session: bytes, slack: float, prices: _Prices, cheapest: int) -> int:
+    """The plan on the session's own replicas among those that cost about as much."""
+    cost_s, (names, n_decode, *_) = prices.cost_s, prices.columns
+    near = cost_s <= cost_s[cheapest] * (1.0 + max(slack, TIE))
+    local, remote = near[:n_decode], near[n_decode:].reshape(n_decode, -1)
+    places = {names[d]: int(d) for d in np.flatnonzero(local | remote.any(axis=1))}
+    d = places[preferred(session, places)]
+    plans = n_decode + d * remote.shape[1] + np.flatnonzero(remote[d])
+    if local[d] and not (plans.size and cost_s[plans].min() < cost_s[d]):
+        return d
+    by_prefill = {prices.names(int(plan))[0] or "": int(plan) for plan in plans}
+    return by_prefill[preferred(session, by_prefill)]
+
+
+def _rivals(prices: _Prices, best: int) -> tuple[Rival, ...]:
+    """The cheapest plans but the best, cheapest first."""
+    cost_s = prices.cost_s.copy()
+    cost_s[best] = np.inf
+    rivals = []
+    for _ in range(MAX_RIVALS):
+        plan = int(cost_s.argmin())
+        cost = float(cost_s[plan])
+        if cost == np.inf:
+            break
+        rivals.append(Rival(*prices.described(plan), cost))
+        cost_s[plan] = np.inf
+    return tuple(rivals)
+
+
+def _reason(question: Question, prices: _Prices, cheapest: int, best: int) -> Reason:
     if question.local_only:
         return Reason.PROMPT_LOGPROBS
     if question.snapshot.blind:
         return Reason.NO_CATALOGUE
-    if candidates == 1:
+    if best != cheapest:
+        return Reason.SESSION
+    if prices.columns.n_decode == 1 and np.isinf(prices.cost_s[1:]).all():
         return Reason.ONLY_REPLICA
     if not question.snapshot.prefill:
         return Reason.NO_PREFILL_REPLICA
-    return Reason.CHEAPER_LOCAL if best.shape is Shape.LOCAL else Reason.CHEAPER_REMOTE
+    local = prices.pair(best)[1] is None
+    return Reason.CHEAPER_LOCAL if local else Reason.CHEAPER_REMOTE
 
 
-def _spans(prompt_tokens: int, computes: ReplicaView) -> tuple[Span, ...]:
-    hit = _usable(prompt_tokens, computes)
-    spans = [Span(Source.HIT, 0, hit, computes.name)] if hit else []
-    return (*spans, Span(Source.COMPUTE, hit, prompt_tokens, computes.name))
-
-
-def _rival(candidate: _Candidate) -> Rival:
-    return Rival(
-        shape=candidate.shape,
-        prefill=candidate.prefill.name if candidate.prefill else None,
-        decode=candidate.decode.name,
-        predicted_ttft_s=candidate.predicted_ttft_s,
-        cost_s=candidate.cost_s,
-    )
+def _spans(prompt_tokens: int, prices: _Prices, best: int) -> tuple[Span, ...]:
+    d, p = prices.pair(best)
+    at = d if p is None else p
+    name, hit_tokens = prices.columns.names[at], prices.columns.hit_tokens[at]
+    hit = int(min(hit_tokens, prompt_tokens - 1))
+    spans = [Span(Source.HIT, 0, hit, name)] if hit else []
+    return (*spans, Span(Source.COMPUTE, hit, prompt_tokens, name))

@@ -10,7 +10,7 @@ comparing with it.
 from collections.abc import Sequence
 
 from kv.plan import Plan, Reason
-from router.policy.pair import Question
+from router.policy.question import Question
 from router.policy.uncosted import in_turn, plan
 from router.snapshot import ReplicaView
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from kv.plan import Plan
 from router.policy import Policy, least_loaded, pair, prefix_affinity, round_robin
-from router.policy.pair import Question
+from router.policy.question import Question
 
 # Raises `NoReplicaError` when no decode replica is routable.
 Choose = Callable[[Question], Plan]

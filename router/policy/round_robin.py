@@ -6,7 +6,7 @@ The turn is the question's ticket, so equal questions get equal plans. Each pool
 from collections.abc import Sequence
 
 from kv.plan import Plan, Reason
-from router.policy.pair import Question
+from router.policy.question import Question
 from router.policy.uncosted import in_turn, plan
 from router.snapshot import ReplicaView
 

@@ -11,7 +11,7 @@ from math import isfinite
 from kv.errors import KVError
 from kv.plan import Plan, Reason, Shape, Source, Span
 from router.errors import NoReplicaError
-from router.policy.pair import Question
+from router.policy.question import Question
 from router.snapshot import ReplicaView
 
 # One of the replicas that are given, of which there is at least one.

@@ -9,7 +9,7 @@ import pytest
 from kv.plan import Plan, Reason, Shape
 from router.orders import Order
 from router.policy import Policy
-from router.policy.pair import Question
+from router.policy.question import Question
 from router.policy.registry import CHOOSE, Choose
 from router.shadow import Outcome
 from tests.sim.test_sim_world import ask_all, crash_often, fault_often, on_a_new_loop, ordered

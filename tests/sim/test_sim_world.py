@@ -11,6 +11,7 @@ import pytest
 
 from kv.plan import Reason, Shape
 from router.audit import Record
+from router.context import RequestContext
 from router.errors import (
     DeadlineError,
     NoReplicaError,
@@ -517,4 +518,28 @@ async def test_affinity_makes_no_hot_spot() -> None:
         used = {record.plan.prefill or record.plan.decode for record in here.audit.records}
         assert {"prefill-0", "prefill-1"} <= used
         await here.quiet()
+        here.check()
+
+
+async def test_turns_of_a_session_keep_to_one_decode_replica() -> None:
+    """Each `prompt_cache_key` has one decode replica, and not all have the same."""
+    async with world(prefill=2, decode=3) as here:
+        for turn in range(4):
+            for session in range(6):
+                name = f"s{session}.{turn}"
+                prompt = [1000 * session + number for number in range(200 + 40 * turn)]
+                asked = request(name, prompt, 2)
+                context = RequestContext(name, cache_key=f"chat-{session}")
+                await here.ask(replace(asked, context=context))
+                await here.quiet()
+        homes = {
+            session: {
+                record.plan.decode
+                for record in here.audit.records
+                if record.request_id.startswith(f"s{session}.")
+            }
+            for session in range(6)
+        }
+        assert all(len(replicas) == 1 for replicas in homes.values()), homes
+        assert len(set.union(*homes.values())) > 1
         here.check()

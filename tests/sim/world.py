@@ -10,7 +10,7 @@ from kv.block import pack_tokens, split_keys
 from router.admission import Admission
 from router.audit import Audit, Record
 from router.catalogue.node import CatalogueNode
-from router.catalogue.wire import Beat, Expect, Found
+from router.catalogue.wire import Beat, Expect, Found, Taken
 from router.context import RequestContext
 from router.fleet import Fleet
 from router.member import Member
@@ -19,6 +19,7 @@ from router.pipeline import Pipeline
 from router.planner import Planner, Prices
 from router.policy import Policy
 from router.policy.registry import CHOOSE, Choose
+from router.pools import view_of
 from router.request import Request
 from router.shadow import Shadow
 from workers.messages import Inbox, Link, Replica, Role
@@ -175,6 +176,7 @@ class World:
         """Nothing is held anywhere, and the catalogue is what the engines hold."""
         assert self.admission.held == 0
         assert self.fleet.expected == 0
+        self.check_rows()
         for member in self.fleet.members():
             assert member.requests == 0
             engine = self.cluster.engines[member.name]
@@ -183,6 +185,13 @@ class World:
             assert self.fleet.cached_blocks(member) == len(split_keys(engine.cached()))
             for key in split_keys(engine.cached()):
                 assert member.replica.epoch in self.node.holdings.look("", [key]).depths
+
+    def check_rows(self) -> None:
+        """A snapshot shows every replica that is routable, as it is now."""
+        snapshot = self.fleet.snapshot([], Found())
+        for role, pool in ((Role.PREFILL, snapshot.prefill), (Role.DECODE, snapshot.decode)):
+            routable = [m for m in self.fleet.up(role) if not m.load.draining]
+            assert list(pool) == [view_of(member, Taken()) for member in routable]
 
 
 def idle(engine: SimEngine) -> bool:

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,12 @@ def test_unpacking_undoes_packing(token_ids: list[int]) -> None:
 def test_tokens_are_packed_little_endian() -> None:
     """The packed form is the same on every machine."""
     assert pack_tokens([1, 0x01020304]) == bytes([1, 0, 0, 0, 4, 3, 2, 1])
+
+
+@pytest.mark.parametrize("token_ids", [(1, 2), b"\x01\x02", range(1, 3)])
+def test_any_sequence_of_ids_is_packed_alike(token_ids: Sequence[int]) -> None:
+    """Bytes are ids like any others, not something packed already."""
+    assert pack_tokens(token_ids) == pack_tokens([1, 2])
 
 
 @pytest.mark.parametrize("bad", [-1, 2**32, 1.5, "7", None])

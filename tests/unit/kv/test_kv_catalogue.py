@@ -1,7 +1,7 @@
 from collections import defaultdict
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -67,10 +67,20 @@ class CatalogueAgainstSets(RuleBasedStateMachine):
     def depths_and_counts_agree(self) -> None:
         for keys in (*PROMPTS, KEYS, PROMPTS[1][3:]):
             expected = {holder: naive_depth(held, keys) for holder, held in self.model.items()}
-            found = self.catalogue.depths(keys)
-            assert found == {holder: depth for holder, depth in expected.items() if depth}
+            walked = self.catalogue.depths(keys, closed=False)
+            assert walked == {holder: depth for holder, depth in expected.items() if depth}
+            self.bisect_never_credits_too_little(keys, walked)
         for holder in HOLDERS:
             assert self.catalogue.blocks(holder) == len(self.model[holder])
+
+    def bisect_never_credits_too_little(self, keys: list[bytes], walked: dict) -> None:
+        """It finds the same holders; what it credits last is held, and what comes next is not."""
+        found = self.catalogue.depths(keys)
+        assert found.keys() == walked.keys()
+        for holder, depth in found.items():
+            assert depth >= walked[holder]
+            assert keys[depth - 1] in self.model[holder]
+            assert depth == len(keys) or keys[depth] not in self.model[holder]
 
     def teardown(self) -> None:
         """After a whole sweep no key is kept that nobody has."""
@@ -84,13 +94,40 @@ TestCatalogueAgainstSets = CatalogueAgainstSets.TestCase
 TestCatalogueAgainstSets.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
+@given(st.lists(st.integers(0, 40), max_size=80), st.integers(0, 40))
+def test_a_bisect_is_exact_where_prefixes_are_closed(depths: list[int], asked: int) -> None:
+    """Whatever the depths of how many holders, a bisect and a walk say the same."""
+    keys = chain(root_key("c"), pack_tokens(range(40)), 1)
+    catalogue = Catalogue(shards=4)
+    for index, depth in enumerate(depths):
+        catalogue.add(Holder(f"decode-{index}", Tier.DEVICE), keys[:depth])
+    assert catalogue.depths(keys[:asked]) == catalogue.depths(keys[:asked], closed=False)
+
+
+def test_a_bisect_looks_at_few_keys() -> None:
+    """One holder of 128 blocks costs eight looks at most, a walk all of them."""
+
+    class Counted(list[bytes]):
+        looks = 0
+
+        def __getitem__(self, at):
+            self.looks += 1
+            return super().__getitem__(at)
+
+    keys = Counted(chain(root_key("c"), pack_tokens(range(128)), 1))
+    catalogue = Catalogue()
+    catalogue.add(P0, list(keys)[:77])
+    assert catalogue.depths(keys) == {P0: 77}
+    assert keys.looks <= 8
+
+
 def test_depth_ends_at_the_first_missing_block() -> None:
-    """Blocks behind one that was removed from mid-chain are not counted."""
+    """A walk does not count blocks behind one that was removed from mid-chain."""
     catalogue = Catalogue()
     catalogue.add(P0, PROMPTS[0])
     catalogue.add(D0_HOST, PROMPTS[0][:6])
     catalogue.remove(P0, PROMPTS[0][3:4])
-    assert catalogue.depths(PROMPTS[0]) == {P0: 3, D0_HOST: 6}
+    assert catalogue.depths(PROMPTS[0], closed=False) == {P0: 3, D0_HOST: 6}
 
 
 def test_nobody_holds_an_empty_prompt() -> None:
@@ -150,6 +187,27 @@ def test_sharing_masks_anew_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -
             catalogue.add(holder, [key])
             assert len(catalogue._shared_masks) <= 2
     assert catalogue.depths(PROMPTS[0]) == {P0: 3, D0: 4, D0_HOST: 5}
+
+
+def test_known_groups_are_bounded_and_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who a mask stands for is remembered, but no longer than it is true."""
+    monkeypatch.setattr(catalogue_module, "MAX_KNOWN_GROUPS", 1)
+    catalogue = Catalogue(shards=4)
+    twin = Holder("prefill-2", Tier.DEVICE)
+    for depth, holder in enumerate([*HOLDERS], start=3):
+        catalogue.add(holder, PROMPTS[0][:depth])
+        catalogue.add(holder, PROMPTS[1][: 9 - depth])
+    catalogue.add(twin, PROMPTS[0][:3])
+    for _ in range(2):
+        assert catalogue.depths(PROMPTS[0]) == {P0: 3, twin: 3, D0: 4, D0_HOST: 5}
+        assert catalogue.depths(PROMPTS[1]) == {P0: 6, D0: 5, D0_HOST: 4}
+        assert catalogue.depths(PROMPTS[0][:4]) == {P0: 3, twin: 3, D0: 4, D0_HOST: 4}
+        assert len(catalogue._groups) <= 1
+    catalogue.forget(P0)
+    assert catalogue.sweep(4) == 0
+    catalogue.add(Holder("prefill-1", Tier.DEVICE), PROMPTS[0][:3])
+    found = catalogue.depths(PROMPTS[0])
+    assert found == {Holder("prefill-1", Tier.DEVICE): 3, twin: 3, D0: 4, D0_HOST: 5}
 
 
 def test_more_than_64_holders_are_told_apart() -> None:

@@ -144,6 +144,7 @@ def test_words_on_the_wire_are_stable() -> None:
         "cheaper_remote",
         "no_prefill_replica",
         "no_catalogue",
+        "session",
         "prompt_logprobs",
         "least_loaded",
         "prefix_affinity",

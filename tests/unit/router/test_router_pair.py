@@ -1,15 +1,17 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kv.curve import LinkCurve, PrefillCurve
 from kv.plan import Plan, Reason, Shape, Source, Span
 from router.errors import NoReplicaError
-from router.policy.pair import Question, choose
-from router.snapshot import ReplicaView, Snapshot
+from router.policy.pair import MAX_RIVALS, Question, choose
+from router.policy.session import affinity
+from router.snapshot import Pool, ReplicaView, Snapshot
 
 # 1,000 tokens take about 0.5 s to compute and 0.15 s to move.
 CURVE = PrefillCurve(0.02, 0.0005, 1e-8)
@@ -194,7 +196,7 @@ def test_an_unwarmed_pair_is_never_in_a_plan(
     plan = plan_of(prompt_tokens, prefill, decode, cold=cold)
     used = [(plan.prefill, plan.decode), *((r.prefill, r.decode) for r in plan.rivals)]
     assert not cold & set(used)
-    assert len(used) == len(decode) + len(pairs) - len(cold)
+    assert len(used) == min(1 + MAX_RIVALS, len(decode) + len(pairs) - len(cold))
 
 
 @given(st.integers(1, 4000), pools, pools.filter(bool))
@@ -203,8 +205,9 @@ def test_the_chosen_plan_is_the_cheapest_and_tiles_the_prompt(
 ) -> None:
     """No rival costs less, rivals are in order, and the spans end with the prompt."""
     plan = plan_of(prompt_tokens, prefill, decode)
-    costs = [plan.cost_s, *(rival.cost_s for rival in plan.rivals)]
+    costs = [rival.cost_s for rival in plan.rivals]
     assert costs == sorted(costs)
+    assert all(plan.cost_s <= cost * (1 + 1e-9) for cost in costs)
     assert plan.spans[-1].end_token == prompt_tokens
 
 
@@ -227,3 +230,156 @@ def test_ten_queued_prompts_cost_ten_prefills() -> None:
     remote = [next(t for t in (p, *p.rivals) if t.prefill) for p in (idle, one, many)]
     waits = [each.predicted_ttft_s - remote[0].predicted_ttft_s for each in remote]
     assert waits[2] == pytest.approx(10 * waits[1])
+
+
+def seconds(n: int, replica: ReplicaView) -> float:
+    """To compute a prompt there."""
+    hit = min(replica.hit_tokens, n - 1)
+    return replica.curve.seconds(n - hit, hit)
+
+
+def priced(n: int, snapshot: Snapshot) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """The cost and the time to first token of every plan, one at a time."""
+    plans = {}
+    for d in snapshot.decode:
+        own_s = seconds(n, d)
+        ttft_s = d.queue_s + own_s
+        stalled_s = (max(d.running, 0.5) + 0.1) * own_s
+        plans["local", d.name, ""] = (ttft_s + stalled_s + d.crowding_s, ttft_s)
+        for p in snapshot.prefill:
+            link = snapshot.links.get((p.name, d.name))
+            if link is None:
+                continue
+            lacked = n - min(d.hit_tokens, n - 1)
+            ttft_s = p.queue_s + seconds(n, p) + d.waiting * d.step_s
+            ttft_s += link.seconds(lacked * snapshot.kv_bytes_per_token)
+            plans["remote", d.name, p.name] = (
+                ttft_s + 0.1 * seconds(n, p) + d.crowding_s,
+                ttft_s,
+            )
+    return plans
+
+
+curves = st.sampled_from([CURVE, PrefillCurve(0.0, 0.001, 0.0), PrefillCurve(0.1, 0.0001, 1e-7)])
+link_curves = st.sampled_from([LINK, LinkCurve(0.0, 0.0), LinkCurve(0.01, 1e-8)])
+# Few values again, so that plans tie, and prompts shorter than a hit.
+some_views = st.builds(
+    ReplicaView,
+    name=st.sampled_from([f"{letter}-{number}" for letter in "abc" for number in range(12)]),
+    curve=curves,
+    step_s=st.sampled_from([0.0, 0.02]),
+    queued_prefills=st.integers(0, 3),
+    queued_tokens=st.sampled_from([0, 100, 3000]),
+    waiting=st.integers(0, 2),
+    running=st.integers(0, 4),
+    max_num_seqs=st.integers(1, 4),
+    hit_tokens=st.integers(0, 6).map(lambda blocks: 160 * blocks),
+)
+some_pools = st.lists(some_views, max_size=5, unique_by=lambda view: view.name).map(tuple)
+
+
+@st.composite
+def snapshots(draw: st.DrawFn) -> Snapshot:
+    """Any cluster with a decode replica; some pairs are not warmed."""
+    ps, ds = draw(some_pools), draw(some_pools.filter(bool))
+    pairs = {(p.name, d.name): draw(link_curves | st.none()) for p in ps for d in ds}
+    links = {pair: link for pair, link in pairs.items() if link is not None}
+    return Snapshot(ps, ds, links, draw(st.sampled_from([0, TOKEN_BYTES])))
+
+
+@given(st.integers(1, 2000), snapshots())
+def test_pricing_all_at_once_is_pricing_one_by_one(n: int, snapshot: Snapshot) -> None:
+    """The plan is the first of the cheapest by shape and names; rivals are the cheapest others."""
+    plans = priced(n, snapshot)
+    least_s = min(cost_s for cost_s, _ in plans.values())
+    first = min(key for key, (cost_s, _) in plans.items() if cost_s <= least_s * (1 + 1e-9))
+    plan = choose(Question(n, snapshot, 0.5))
+    assert (plan.shape, plan.decode, plan.prefill or "") == first
+    assert (plan.cost_s, plan.predicted_ttft_s) == pytest.approx(plans.pop(first), rel=1e-9)
+    rivals = [(r.shape, r.decode, r.prefill or "") for r in plan.rivals]
+    cheapest = sorted(cost_s for cost_s, _ in plans.values())[:MAX_RIVALS]
+    assert [plans[rival][0] for rival in rivals] == pytest.approx(cheapest, rel=1e-9)
+    for rival, key in zip(plan.rivals, rivals, strict=True):
+        assert (rival.cost_s, rival.predicted_ttft_s) == pytest.approx(plans[key], rel=1e-9)
+
+
+keys = st.binary(min_size=16, max_size=16)
+
+
+@given(st.integers(1, 2000), snapshots(), keys, st.sampled_from([0.0, 0.1, 1.0]))
+def test_a_session_costs_no_more_than_its_slack(
+    n: int, snapshot: Snapshot, key: bytes, slack: float
+) -> None:
+    """Its plan is within the slack of the cheapest, and the reason says when they differ."""
+    cheapest = choose(Question(n, snapshot, 0.5))
+    plan = choose(Question(n, snapshot, 0.5, affinity=key, session_slack=slack))
+    assert plan.cost_s <= cheapest.cost_s * (1 + max(slack, 1e-9)) * (1 + 1e-12)
+    same = (plan.prefill, plan.decode) == (cheapest.prefill, cheapest.decode)
+    assert same == (plan.reason is not Reason.SESSION)
+    assert plan == choose(Question(n, snapshot, 0.5, affinity=key, session_slack=slack))
+
+
+def alike(n_prefill: int, n_decode: int, loads: dict[str, int]) -> Snapshot:
+    """Idle replicas but for the streams that `loads` has some run."""
+    ps, ds = views("prefill", [{}] * n_prefill), views("decode", [{}] * n_decode)
+    ds = tuple(replace(d, running=loads.get(d.name, 0)) for d in ds)
+    links = {(p.name, d.name): LINK for p in ps for d in ds}
+    return Snapshot(ps, ds, links, TOKEN_BYTES)
+
+
+def home(snapshot: Snapshot, key: bytes, n: int = 4000) -> tuple[str | None, str]:
+    plan = choose(Question(n, snapshot, 0.5, affinity=key))
+    return plan.prefill, plan.decode
+
+
+@given(keys, st.integers(3000, 5000), st.integers(0, 7))
+def test_turns_of_a_session_keep_to_one_replica(key: bytes, n: int, busy: int) -> None:
+    """A longer prompt and a stream more, which cost within the slack, change nothing."""
+    first = home(alike(4, 8, {}), key)
+    assert home(alike(4, 8, {f"decode-{busy}": 1}), key, n) == first
+
+
+@given(keys, st.integers(0, 7), st.integers(0, 3))
+def test_a_replica_that_leaves_moves_only_its_own_sessions(key: bytes, d: int, p: int) -> None:
+    """Whoever was on another pair stays there."""
+    snapshot = alike(4, 8, {})
+    prefill, decode = home(snapshot, key)
+    if decode != f"decode-{d}":
+        assert home(snapshot.without({f"decode-{d}"}), key) == (prefill, decode)
+    assume(prefill != f"prefill-{p}")
+    assert home(snapshot.without({f"prefill-{p}"}), key) == (prefill, decode)
+
+
+def test_sessions_are_spread() -> None:
+    """A hundred sessions on idle replicas use each of eight decode replicas."""
+    snapshot = alike(4, 8, {})
+    homes = [home(snapshot, bytes([number] * 16))[1] for number in range(100)]
+    assert {homes.count(f"decode-{index}") > 3 for index in range(8)} == {True}
+
+
+def test_without_a_key_the_cheapest_is_taken() -> None:
+    """However near the others are."""
+    plan = choose(Question(4000, alike(2, 2, {"decode-0": 1}), 0.5))
+    assert (plan.decode, plan.reason) == ("decode-1", Reason.CHEAPER_REMOTE)
+
+
+def test_tenants_do_not_share_a_session() -> None:
+    """The same key of two tenants, and ways to write it across the border, are all different."""
+    named = [
+        affinity("a", "bc"),
+        affinity("ab", "c"),
+        affinity("", "abc"),
+        affinity("a", "b\ud800"),
+    ]
+    assert len(set(named)) == 4
+    assert affinity("a", None) is None
+
+
+@given(some_pools)
+def test_a_pool_is_its_rows_with_their_hits(rows: tuple[ReplicaView, ...]) -> None:
+    """Other policies read rows, by place, in slices and one after another."""
+    without = [replace(row, hit_tokens=0) for row in rows]
+    pool = Pool(without, np.array([float(row.hit_tokens) for row in rows]))
+    assert tuple(pool) == rows
+    assert tuple(pool[at] for at in range(-len(rows), 0)) == rows
+    assert tuple(pool[1:]) == rows[1:]

@@ -12,7 +12,7 @@ from kv.curve import LinkCurve, PrefillCurve
 from kv.plan import Plan, Reason, Shape, Source, Span
 from router.errors import NoReplicaError
 from router.policy import Policy, least_loaded, prefix_affinity, round_robin
-from router.policy.pair import Question
+from router.policy.question import Question
 from router.policy.registry import CHOOSE
 from router.snapshot import ReplicaView, Snapshot
 

@@ -11,7 +11,7 @@ from router.audit import Record
 from router.metrics import PolicyMetrics
 from router.orders import Order
 from router.policy import Policy
-from router.policy.pair import Question
+from router.policy.question import Question
 from router.shadow import Choice, Outcome, Shadow
 from router.snapshot import Snapshot
 

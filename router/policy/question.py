@@ -1,0 +1,26 @@
+"""What every policy is asked."""
+
+from dataclasses import dataclass
+
+from router.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request against one snapshot.
+
+    `assumed_streams` is how many streams are taken to run on a decode replica that is idle now:
+    they are whom a prefill there would stall if they came while it lasts. `compute_price` is how
+    many seconds of waiting a second of computing is worth. `affinity` names the session that the
+    request belongs to; its turns keep to one decode replica among plans that cost no more than
+    the best and a ratio of `session_slack`. `ticket` grows by one from question to question.
+    """
+
+    prompt_tokens: int
+    snapshot: Snapshot
+    assumed_streams: float
+    local_only: bool = False
+    compute_price: float = 0.1
+    affinity: bytes | None = None
+    session_slack: float = 0.1
+    ticket: int = 0

@@ -1,0 +1,140 @@
+"""What snapshots show, kept from one request to the next.
+
+A row is made anew when its replica's load changes, which takes 8 us and is not a decision's to pay;
+all rows when a replica came, went or drains; the columns of links when a pair was warmed or cooled.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from kv.curve import LinkCurve
+from router.catalogue.wire import Found, Taken
+from router.columns import Columns, Floats, LinkColumns, load_of, loads_of
+from router.member import Member
+from router.snapshot import Pool, ReplicaView, Snapshot
+from workers.messages import Role
+
+NOTHING = Taken()
+Pair = tuple[str, str]
+
+
+class Pools:
+    """Both pools of a fleet, up to date when a snapshot is taken.
+
+    `sent` says what this ingress has sent to the replica of an epoch.
+    """
+
+    def __init__(self, members: Mapping[str, Member], sent: Callable[[str], Taken]) -> None:
+        self._members, self._sent = members, sent
+        self._moved = False  # someone came or went: no row is where it should be
+        # By name, decode replicas first, as their columns are.
+        self._rows: list[ReplicaView] = []
+        self._names: tuple[str, ...] = ()
+        self._epochs: tuple[str, ...] = ()
+        self._places: dict[str, int] = {}
+        self._n_decode = 0
+        self._block_tokens, self._kv_bytes_per_token = 1, 0
+        self._loads = loads_of(())
+        self._curves: Mapping[tuple[str, str], LinkCurve] | None = None
+        self._links = LinkColumns.of((), (), {})
+
+    def touch(self, member: Member) -> None:
+        """Something that its row is made of has changed, or it came, or it left."""
+        name = member.name
+        if self._shown(name) is not self._routable(name):
+            self._moved = True
+        elif name in self._places and not self._moved:
+            place, row = self._places[name], self._row(self._members[name])
+            self._rows[place] = row
+            self._loads[:, place] = load_of(row)
+
+    def snapshot(self, found: Found | None, curves: Mapping[Pair, LinkCurve]) -> Snapshot:
+        """What is routable now; `found` is what the catalogue and this ingress know of the prompt.
+
+        `curves` are the warmed links, a new mapping whenever one has changed.
+        """
+        if self._moved:
+            self._rebuild()
+        names, n_decode = self._names, self._n_decode
+        if self._curves is not curves:
+            self._links = LinkColumns.of(names[:n_decode], names[n_decode:], curves)
+            self._curves = curves
+        rows, loads = self._with(found.taken if found is not None else {})
+        depth_of, block_tokens = (found or Found()).depths.get, self._block_tokens
+        hit_tokens = np.array(
+            [depth_of(epoch, 0) * block_tokens for epoch in self._epochs], np.float64
+        )
+        return Snapshot(
+            prefill=Pool(rows[n_decode:], hit_tokens[n_decode:]),
+            decode=Pool(rows[:n_decode], hit_tokens[:n_decode]),
+            links=curves,
+            kv_bytes_per_token=self._kv_bytes_per_token,
+            columns=Columns(names, n_decode, loads, self._links, hit_tokens),
+            blind=found is None,
+        )
+
+    def _with(self, others: Mapping[str, Taken]) -> tuple[list[ReplicaView], Floats]:
+        """Rows and loads, with what other ingresses have sent on top."""
+        rows, loads = self._rows, self._loads.copy()
+        if not others:
+            return rows, loads
+        rows = rows.copy()
+        for place, epoch in enumerate(self._epochs):
+            if epoch in others:
+                rows[place] = self._row(self._members[self._names[place]], others[epoch])
+                loads[:, place] = load_of(rows[place])
+        return rows, loads
+
+    def _row(self, member: Member, others: Taken = NOTHING) -> ReplicaView:
+        return view_of(member, self._sent(member.replica.epoch), others)
+
+    def _rebuild(self) -> None:
+        self._moved = False
+        decode, prefill = (
+            [m for _, m in sorted(self._members.items()) if self._routable(m.name) is role]
+            for role in (Role.DECODE, Role.PREFILL)
+        )
+        members, self._n_decode = [*decode, *prefill], len(decode)
+        self._rows = [self._row(member) for member in members]
+        self._names = tuple(row.name for row in self._rows)
+        self._epochs = tuple(member.replica.epoch for member in members)
+        self._places = {name: place for place, name in enumerate(self._names)}
+        self._loads, self._curves = loads_of(self._rows), None
+        # Both are the same on every replica of a cluster.
+        self._block_tokens = members[0].replica.block_tokens if members else 1
+        self._kv_bytes_per_token = members[0].replica.kv_bytes_per_token if decode else 0
+
+    def _shown(self, name: str) -> Role | None:
+        """The pool that has a row of this name."""
+        place = self._places.get(name)
+        if place is None:
+            return None
+        return Role.DECODE if place < self._n_decode else Role.PREFILL
+
+    def _routable(self, name: str) -> Role | None:
+        """The pool that it should be in: up, and not finishing up."""
+        member = self._members.get(name)
+        if member is None or not member.up or member.load.draining:
+            return None
+        return member.replica.role
+
+
+def view_of(member: Member, sent: Taken, others: Taken = NOTHING) -> ReplicaView:
+    """A replica's row, before anything is known of the prompt.
+
+    Its report lags by up to a beat; what ingresses sent and it has not answered is known at once.
+    """
+    replica, load = member.replica, member.load
+    unreported = member.requests + sent.requests - sent.prefills + others.requests
+    return ReplicaView(
+        member.name,
+        member.curve,
+        replica.step_s,
+        max(load.pending_prefills, sent.prefills + others.prefills),
+        max(load.pending_prefill_tokens, sent.prefill_tokens + others.prefill_tokens),
+        load.waiting,
+        max(load.running, unreported),
+        replica.max_num_seqs,
+        0,
+    )

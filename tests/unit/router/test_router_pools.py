@@ -1,0 +1,145 @@
+import math
+from dataclasses import replace
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from kv.curve import LinkCurve
+from router.catalogue.wire import Found, Taken
+from router.member import Member
+from router.pools import NOTHING, Pools, view_of
+from router.snapshot import Snapshot
+from workers.messages import Load, Request, Role, Welcome
+from workers.sim import SimCosts, sim_replica
+
+some_name = st.sampled_from(["a", "b", "c", "d"])
+some_role = st.sampled_from(Role)
+
+
+class Nowhere:
+    """A link to a replica that never answers."""
+
+    def send(self, request: Request) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PoolsAgainstMembers(RuleBasedStateMachine):
+    """Whatever happens to members, a snapshot shows what making it anew would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members: dict[str, Member] = {}
+        self.sent: dict[str, Taken] = {}
+        self.pools = Pools(self.members, lambda epoch: self.sent.get(epoch, NOTHING))
+        self.links: dict[tuple[str, str], LinkCurve] = {}
+        self.shown: list[tuple[Snapshot, list[object]]] = []
+
+    @rule(name=some_name, role=some_role, up=st.booleans())
+    def come(self, name: str, role: Role, up: bool) -> None:
+        replica = sim_replica(name, role, SimCosts(), epoch=f"{name}/{len(self.shown)}")
+        member = Member(
+            replica,
+            lambda _: Nowhere(),
+            lambda member, blocks: None,
+            lambda: 0.0,
+            on_change=self.pools.touch,
+        )
+        self.members[name] = member
+        self.pools.touch(member)
+        if up:
+            member.receive(Welcome(replica))
+
+    @rule(name=some_name)
+    def go(self, name: str) -> None:
+        if member := self.members.pop(name, None):
+            self.pools.touch(member)
+
+    @rule(name=some_name)
+    def hang(self, name: str) -> None:
+        if member := self.members.get(name):
+            member.lose("silent")
+
+    @rule(name=some_name, waiting=st.integers(0, 3), draining=st.booleans())
+    def report(self, name: str, waiting: int, draining: bool) -> None:
+        if member := self.members.get(name):
+            member.receive(Load(waiting=waiting, draining=draining))
+
+    @rule(name=some_name, requests=st.integers(0, 3), tokens=st.integers(0, 9000))
+    def send(self, name: str, requests: int, tokens: int) -> None:
+        if member := self.members.get(name):
+            self.sent[member.replica.epoch] = Taken(requests, requests, requests * tokens)
+            self.pools.touch(member)
+
+    @rule(p=some_name, d=some_name, latency_s=st.sampled_from([0.01, 0.02]))
+    def warm(self, p: str, d: str, latency_s: float) -> None:
+        self.links = {**self.links, (p, d): LinkCurve(latency_s, 1e-9)}
+
+    @rule(name=some_name)
+    def cool(self, name: str) -> None:
+        self.links = {pair: link for pair, link in self.links.items() if name not in pair}
+
+    @rule(
+        depths=st.dictionaries(some_name, st.integers(1, 5)),
+        others=st.dictionaries(some_name, st.integers(1, 3)),
+    )
+    def snapshot(self, depths: dict[str, int], others: dict[str, int]) -> None:
+        epochs = {name: member.replica.epoch for name, member in self.members.items()}
+        held = {epochs[name]: depth for name, depth in depths.items() if name in epochs}
+        taken = {epochs[name]: Taken(n, n, 100 * n) for name, n in others.items() if name in epochs}
+        snapshot = self.pools.snapshot(Found(held, taken), self.links)
+        for role, pool in ((Role.PREFILL, snapshot.prefill), (Role.DECODE, snapshot.decode)):
+            routable = [
+                replace(
+                    view_of(
+                        m,
+                        self.sent.get(m.replica.epoch, NOTHING),
+                        taken.get(m.replica.epoch, NOTHING),
+                    ),
+                    hit_tokens=held.get(m.replica.epoch, 0) * m.replica.block_tokens,
+                )
+                for _, m in sorted(self.members.items())
+                if m.up and not m.load.draining and m.replica.role is role
+            ]
+            assert list(pool) == routable
+        self.prices_are_those_of_the_links(snapshot)
+        self.shown.append((snapshot, [*snapshot.prefill, *snapshot.decode]))
+
+    def prices_are_those_of_the_links(self, snapshot: Snapshot) -> None:
+        assert snapshot.columns is not None
+        for i, decode in enumerate(snapshot.decode):
+            for j, prefill in enumerate(snapshot.prefill):
+                link = self.links.get((prefill.name, decode.name))
+                latency_s = snapshot.columns.links.latency_s[i, j]
+                assert latency_s == (link.latency_s if link else math.inf)
+
+    @invariant()
+    def a_snapshot_never_changes(self) -> None:
+        for snapshot, rows in self.shown:
+            assert [*snapshot.prefill, *snapshot.decode] == rows
+
+
+TestPoolsAgainstMembers = PoolsAgainstMembers.TestCase
+TestPoolsAgainstMembers.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_only_what_changed_is_made_anew() -> None:
+    """A load makes one row new; the rows of the others are the same objects."""
+    members: dict[str, Member] = {}
+    pools = Pools(members, lambda epoch: NOTHING)
+    for name in "ab":
+        replica = sim_replica(name, Role.DECODE, SimCosts())
+        members[name] = Member(
+            replica, lambda _: Nowhere(), lambda m, b: None, lambda: 0.0, on_change=pools.touch
+        )
+        members[name].receive(Welcome(replica))
+    links: dict[tuple[str, str], LinkCurve] = {}
+    first = pools.snapshot(Found(), links)
+    members["b"].receive(Load(running=3))
+    second = pools.snapshot(Found(), links)
+    assert second.decode._rows[0] is first.decode._rows[0]
+    assert second.decode[1].running == 3
+    assert first.columns is not None
+    assert second.columns is not None
+    assert second.columns.links is first.columns.links
