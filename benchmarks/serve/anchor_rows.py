@@ -15,6 +15,8 @@ TITLES = {
     "tuned": "Ray Serve LLM, tuned",
 }
 KILLED = "prefill killed"
+# More than that is another program at work.
+QUIET_CORES = 0.3
 KILL_LOAD = f"{CLIENTS} clients, {PROMPT_TOKENS}-token prompts, {OUTPUT_TOKENS} tokens out"
 
 
@@ -79,7 +81,8 @@ def _of_kill() -> list[Figure]:
         def picked(turn: Turn) -> float | None:
             return pick(turn["kill"]) if "kill" in turn else None
 
-        return Figure(f"{KILLED}: {title}", unit, picked, unit == "share", KILL_LOAD)
+        more_is_better = unit != "s"
+        return Figure(f"{KILLED}: {title}", unit, picked, more_is_better, KILL_LOAD)
 
     after = f"of the next {AFTER_S:.0f} s"
     return [
@@ -129,11 +132,19 @@ def _detail(figure: Figure, turns: Sequence[Turn]) -> str:
         why = [turn["failure"][-300:] for turn in turns if "failure" in turn]
         return f"not measured: {why[-1] if why else 'no request was answered'}"
     parts = [f"{min(known):.3g} to {max(known):.3g} in {len(known)} of {len(turns)} turns"]
+    parts += _disturbed(turns)
     if figure.title.startswith("TTFT p50"):
         parts += _plans(turns, figure.title.split(", ", 1)[1])
     if figure.title.startswith(KILLED):
         parts += _errors(turns)
     return "; ".join([*parts, figure.note] if figure.note else parts)
+
+
+def _disturbed(turns: Sequence[Turn]) -> list[str]:
+    """Turns that began while something else computed: their figures are worse than they need be."""
+    busy = [turn.get("cores_busy_before", 0.0) for turn in turns]
+    late = [cores for cores in busy if cores > QUIET_CORES]
+    return [f"{len(late)} began with up to {max(late):.1f} cores busy elsewhere"] if late else []
 
 
 def _plans(turns: Sequence[Turn], shape: str) -> list[str]:
@@ -147,6 +158,8 @@ def _plans(turns: Sequence[Turn], shape: str) -> list[str]:
 
 
 def _errors(turns: Sequence[Turn]) -> list[str]:
+    """What clients were told, without the ids that make each message its own."""
     kills = [turn["kill"] for turn in turns if "kill" in turn]
-    seen = {error for k in kills for which in ("in_flight", "new") for error in k[which]["errors"]}
-    return [f"errors: {' | '.join(sorted(error[:80] for error in seen))}"] if seen else []
+    all_errors = [e for k in kills for which in ("in_flight", "new") for e in k[which]["errors"]]
+    seen = {error.split(" (Request ID")[0][:80] for error in all_errors}
+    return [f"errors: {' | '.join(sorted(seen))}"] if seen else []
