@@ -21,11 +21,13 @@ from decision_load import Load as Workload
 from decision_load import tokens as chain_tokens
 
 from kv.block import chain, pack_tokens, root_key, split_keys
-from kv.catalogue import Catalogue, Delta, Holder, Tier
 from kv.curve import LinkCurve
+from router.catalogue.holdings import Expectations, Holdings, deepest
+from router.catalogue.wire import Found
 from router.member import Member
 from router.pauses import freeze_start
-from router.policy.pair import Question, choose
+from router.policy.pair import choose
+from router.policy.question import Question
 from router.pools import Pools
 from workers.messages import Blocks, Load, Replica, Request, Role, Welcome, decode_reply, encode
 
@@ -71,11 +73,10 @@ class Router:
 
     def __init__(self, load: Workload) -> None:
         self.load = load
-        self.catalogue, self.expected = Catalogue(), Catalogue(shards=1)
+        self.holdings, self.expected = Holdings(), Expectations()
         self.members: dict[str, Member] = {}
-        self.pools = Pools(self.members)
+        self.pools = Pools(self.members, self.expected.taken)
         self.names = [_name(index) for index in range(load.replicas)]
-        self.holders = [Holder(name, Tier.DEVICE) for name in self.names]
         rng = random.Random(load.replicas)
         self.links = {}
         for index, name in enumerate(self.names):
@@ -98,15 +99,8 @@ class Router:
         self.rng = rng
 
     def follow(self, member: Member, blocks: Blocks) -> None:
-        """As a fleet does."""
-        self.catalogue.apply(
-            Delta(
-                Holder(member.name, Tier.DEVICE),
-                tuple(split_keys(blocks.stored)),
-                tuple(split_keys(blocks.removed)),
-                blocks.snapshot,
-            )
-        )
+        """As the catalogue's node does."""
+        self.holdings.follow(member.replica.epoch, blocks)
 
     def receive(self, replica: int, frame: bytes) -> None:
         """A frame, as it arrives from a worker."""
@@ -144,11 +138,11 @@ class Router:
         began = time.perf_counter_ns()
         keys = chain(ROOT_KEY, pack_tokens(tokens)[:-4], BLOCK_TOKENS)
         hashed = time.perf_counter_ns()
-        depths = {name: depth for (name, _), depth in self.catalogue.depths(keys).items()}
-        for (name, _), depth in self.expected.depths(keys).items():
-            depths[name] = max(depth, depths.get(name, 0))
+        # As the catalogue gets them, from another process: one string of bytes.
+        found = self.holdings.look("ingress", split_keys(b"".join(keys)))
         looked = time.perf_counter_ns()
-        snapshot = self.pools.snapshot(depths, self.links).without(())
+        depths = deepest(found.depths, self.expected.depths(keys))
+        snapshot = self.pools.snapshot(Found(depths, found.taken), self.links).without(())
         plan = choose(Question(len(tokens), snapshot, 0.5))
         ended = time.perf_counter_ns()
         return began, hashed, looked, ended, plan.prefill, plan.decode
@@ -181,11 +175,11 @@ class Router:
 
     def restart(self) -> dict[str, float]:
         """A replica dies: forget it, then sweep, shard by shard."""
-        self.catalogue.forget(self.holders[0])
+        self.holdings.forget(self.members[self.names[0]].replica.epoch)
         sweeping, left = Longest(), 1
         while left:
             with sweeping:
-                left = self.catalogue.sweep(1)
+                left = self.holdings.sweep(1)
         return sweeping.shown()
 
     def _frames(self, churn: Iterator[Churn]) -> Iterator[list[tuple[int, bytes]]]:

@@ -75,9 +75,10 @@ class Holdings:
         """A replica is gone, with all its blocks."""
         self._catalogue.forget(_holder(epoch))
 
-    def sweep(self, max_shards: int) -> None:
-        """Give the memory of forgotten replicas back, a little at a time."""
-        self._catalogue.sweep(max_shards)
+    def sweep(self, max_shards: int) -> int:
+        """Give the memory of forgotten replicas back, a little at a time; how many shards are
+        still to be swept."""
+        return self._catalogue.sweep(max_shards)
 
     def blocks(self, epoch: str) -> int:
         """Blocks that a replica holds."""
