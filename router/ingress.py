@@ -18,12 +18,13 @@ from vllm.entrypoints.launchers.app import build_app
 from router.access import KeyRing
 from router.admin import PATHS, admin_app
 from router.admission import Admission
+from router.asgi import App, Receive, Scope, Send
 from router.audit import Audit
 from router.catalogue.client import CatalogueLine
 from router.catalogue.ledger import SharedLedger
 from router.client import ClusterClient, warm_body
 from router.fleet import Fleet
-from router.guard import App, Guard, Receive, Scope, Send
+from router.guard import Guard
 from router.member import Member
 from router.metrics import FleetMetrics, PolicyMetrics, RequestMetrics
 from router.orders import InForce, Order, Orders

@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from router.context import ServiceClass, bound
-from router.guard import ROUTES, Guard
+from router.guard import Guard
+from router.intake import ROUTES
 
 SECRET = b"secret"
 LIMIT_BYTES = 1000

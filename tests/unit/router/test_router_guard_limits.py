@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from router.access import KeyRing, digest
 from router.context import bound
-from router.guard import GENERATING, ROUTES, Guard
+from router.guard import Guard
+from router.intake import GENERATING, ROUTES
 from router.limits import LocalLedger
 
 pytestmark = pytest.mark.looptime(start=0, idle_timeout=0)
