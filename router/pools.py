@@ -91,10 +91,9 @@ class Pools:
 
     def _rebuild(self) -> None:
         self._moved = False
-        decode, prefill = (
-            [m for _, m in sorted(self._members.items()) if self._routable(m.name) is role]
-            for role in (Role.DECODE, Role.PREFILL)
-        )
+        decode, prefill = self._pool(Role.DECODE), self._pool(Role.PREFILL)
+        if not decode:  # those that finish up still answer, until their successors are known
+            decode = self._pool(Role.DECODE, draining=True)
         members, self._n_decode = [*decode, *prefill], len(decode)
         self._rows = [self._row(member) for member in members]
         self._names = tuple(row.name for row in self._rows)
@@ -104,6 +103,14 @@ class Pools:
         # Both are the same on every replica of a cluster.
         self._block_tokens = members[0].replica.block_tokens if members else 1
         self._kv_bytes_per_token = members[0].replica.kv_bytes_per_token if decode else 0
+
+    def _pool(self, role: Role, draining: bool = False) -> list[Member]:
+        """Those of a role that are up, by name, and finish up or do not."""
+        return [
+            member
+            for _, member in sorted(self._members.items())
+            if member.up and member.replica.role is role and member.load.draining is draining
+        ]
 
     def _shown(self, name: str) -> Role | None:
         """The pool that has a row of this name."""

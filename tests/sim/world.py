@@ -190,7 +190,9 @@ class World:
         """A snapshot shows every replica that is routable, as it is now."""
         snapshot = self.fleet.snapshot([], Found())
         for role, pool in ((Role.PREFILL, snapshot.prefill), (Role.DECODE, snapshot.decode)):
-            routable = [m for m in self.fleet.up(role) if not m.load.draining]
+            up = self.fleet.up(role)
+            staying = [member for member in up if not member.load.draining]
+            routable = staying or (up if role is Role.DECODE else ())
             assert list(pool) == [view_of(member, Taken()) for member in routable]
 
 

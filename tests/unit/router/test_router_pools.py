@@ -99,12 +99,17 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
                     ),
                     hit_tokens=held.get(m.replica.epoch, 0) * m.replica.block_tokens,
                 )
-                for _, m in sorted(self.members.items())
-                if m.up and not m.load.draining and m.replica.role is role
+                for m in self.routable(role)
             ]
             assert list(pool) == routable
         self.prices_are_those_of_the_links(snapshot)
         self.shown.append((snapshot, [*snapshot.prefill, *snapshot.decode]))
+
+    def routable(self, role: Role) -> list[Member]:
+        """Who finishes up gets work only where nobody else could give tokens."""
+        up = [m for _, m in sorted(self.members.items()) if m.up and m.replica.role is role]
+        staying = [m for m in up if not m.load.draining]
+        return staying or (up if role is Role.DECODE else [])
 
     def prices_are_those_of_the_links(self, snapshot: Snapshot) -> None:
         assert snapshot.columns is not None
