@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 READY_S = 180.0
 # Of a cluster at rest: finished prefills are read and books are closed within this.
 SETTLE_S = 5.0
+# A catalogue tells how many blocks it knows of this often, under load a little later.
+BEAT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Cluster:
     def total(self, field: str) -> int:
         """A field of all replicas, summed."""
         return sum(int(row[field]) for row in self.replicas().values())
+
+    def cached_blocks(self) -> int:
+        """Blocks that the catalogue knows of, once it has told the ingress of the last change."""
+        time.sleep(2 * BEAT_S)
+        return self.total("cached_blocks")
 
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics by name and labels."""
