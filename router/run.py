@@ -1,7 +1,8 @@
 """Carrying a plan out: prefill on P, then decode on D behind its handoff.
 
 Whatever happens, P's blocks are either read by D or given back: when a prefill was aborted just
-as it finished, when a client left between the two steps, when D is gone. P is watched until D has
+as it finished, when a client left between the two steps, when D refuses. A D that is lost may only
+hang, and read on when it wakes: the blocks stay as they are until their lease ends. P is watched until D has
 read them: over some transports a read from a P that hangs would stand still for as long.
 """
 
@@ -55,6 +56,7 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
     with ExitStack() as expected:
         expected.enter_context(_expecting(fleet, attempt))
         handoff = unread = await _handoff(fleet, attempt, record)
+        decode: Member | None = None
         try:
             decode = _member(fleet, attempt.plan.decode)
             async with decode.run(_submit(attempt, Role.DECODE, handoff)) as deltas:
@@ -69,7 +71,7 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
         except ReplicaLostError as error:
             if error.replica == attempt.plan.prefill:
                 attempt.in_prefill = True  # D gives the blocks back when its read has ended
-            elif unread is not None:
+            elif unread is not None and (decode is None or decode.up):
                 _release(fleet, attempt, unread)
             raise
 
