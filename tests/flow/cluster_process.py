@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ READY_S = 180.0
 SETTLE_S = 5.0
 # A catalogue tells how many blocks it knows of this often, under load a little later.
 BEAT_S = 0.5
+# Until Serve has started a dead engine anew, and its pairs are warmed.
+BACK_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,20 @@ class Cluster:
             lines = answer.read().decode().splitlines()
         samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in samples}
+
+    def pool(self, role: str) -> list[dict[str, Any]]:
+        """The replicas of one pool."""
+        return [row for row in self.replicas().values() if row["role"] == role]
+
+    def await_back(self, role: str, count: int, dead: Collection[int], pairs: int = 1) -> None:
+        """Return once Serve has replaced what died, and each replica has so many warm pairs."""
+        deadline = time.monotonic() + BACK_S
+        while True:
+            rows = [r for r in self.pool(role) if r["pid"] not in dead]
+            if len([r for r in rows if r["state"] == "up" and r["warmed_pairs"] >= pairs]) >= count:
+                return
+            assert time.monotonic() < deadline, rows
+            time.sleep(0.25)
 
     def run_dir(self) -> Path:
         return Path(json.loads((self.cache / "cluster.json").read_text())["run_dir"])

@@ -1,10 +1,8 @@
 """Replicas that die under requests: the client notices a pause at most."""
 
 import concurrent.futures
-import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import httpx
 import pytest
 
 from tests.flow.cluster_process import Cluster, running
+from tests.flow.stream import Stream
 
 pytestmark = pytest.mark.real_model
 GENERATED = 300
@@ -37,40 +36,14 @@ def pools(
         yield cluster
 
 
-class _Stream(threading.Thread):
-    """One streamed completion, read on a thread of its own."""
-
-    def __init__(self, cluster: Cluster, kind: str, prompt: list[int]) -> None:
-        super().__init__()
-        self.tokens: list[int] = []
-        self.error: str | None = None
-        self.finish: str | None = None
-        self._url = f"{cluster.url}/v1/completions"
-        options = {"temperature": 0, "stream": True, "ignore_eos": True, "return_token_ids": True}
-        self._body = {"model": "smollm2", "prompt": prompt, "max_tokens": GENERATED, **options}
-        self._body |= KINDS[kind]
-
-    def run(self) -> None:
-        with httpx.stream("POST", self._url, json=self._body, timeout=120) as answer:
-            for line in answer.iter_lines():
-                if line.startswith("data: {"):
-                    self._take(json.loads(line[6:]))
-
-    def _take(self, chunk: dict[str, Any]) -> None:
-        if "error" in chunk:
-            self.error = str(chunk["error"])
-            return
-        choice = chunk["choices"][0]
-        self.tokens += choice.get("token_ids") or []
-        self.finish = choice["finish_reason"] or self.finish
-
-
-def _streams(cluster: Cluster) -> list[_Stream]:
+def _streams(cluster: Cluster) -> list[Stream]:
     prompts = [list(range(100 * i + 1, 100 * i + 70)) for i in range(1, 3)]
-    started = [_Stream(cluster, kind, prompt) for kind in KINDS for prompt in prompts]
-    for stream in started:
-        stream.start()
-    return started
+    options = {"model": "smollm2", "max_tokens": GENERATED, "temperature": 0, "ignore_eos": True}
+    return [
+        Stream(cluster.url, "/v1/completions", {**options, "prompt": prompt, **KINDS[kind]})
+        for kind in KINDS
+        for prompt in prompts
+    ]
 
 
 def _kill_busiest(cluster: Cluster, role: str) -> int:
@@ -79,18 +52,6 @@ def _kill_busiest(cluster: Cluster, role: str) -> int:
     busiest = max(rows, key=lambda row: int(row["running"]))
     os.kill(busiest["pid"], signal.SIGKILL)
     return int(busiest["pid"])
-
-
-def _await_back(cluster: Cluster, role: str, count: int, dead: set[int]) -> None:
-    """Return once Serve has replaced what died, and every pair is warm again."""
-    deadline = time.monotonic() + 120
-    while True:
-        rows = [r for r in cluster.replicas().values() if r["role"] == role]
-        up = [r for r in rows if r["state"] == "up" and r["warmed_pairs"] and r["pid"] not in dead]
-        if len(up) >= count:
-            return
-        assert time.monotonic() < deadline, rows
-        time.sleep(0.5)
 
 
 def test_streams_survive_the_death_of_their_decode_replica(pools: Cluster) -> None:
@@ -111,7 +72,7 @@ def test_streams_survive_the_death_of_their_decode_replica(pools: Cluster) -> No
             stream.join(120)
         assert [stream.error for stream in streams] == [None] * len(streams)
         assert [stream.tokens for stream in streams] == truth
-        _await_back(pools, "decode", 2, {dead})
+        pools.await_back("decode", 2, {dead})
     pools.await_rest()
     records = pools.get("/admin/decisions")["decisions"]
     carried = [r for r in records if r["plans"] > 1 and r["generated_tokens"] == GENERATED]
@@ -141,7 +102,7 @@ def test_streams_leave_a_decode_replica_that_hangs(pools: Cluster) -> None:
         assert states[pid] == "down"
     finally:
         os.kill(pid, signal.SIGCONT)
-    _await_back(pools, "decode", 2, set())
+    pools.await_back("decode", 2, set())
     pools.await_rest()
 
 
@@ -159,7 +120,7 @@ def test_requests_survive_the_death_of_the_prefill_replica(pools: Cluster) -> No
             time.sleep(0.01)
         dead = _kill_busiest(pools, "prefill")
         assert [each.result() for each in asked] == [200] * 8
-    _await_back(pools, "prefill", 1, {dead})
+    pools.await_back("prefill", 1, {dead})
     pools.await_rest()
 
 
@@ -179,7 +140,7 @@ def test_with_every_engine_gone_the_answer_is_503(pools: Cluster) -> None:
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
         assert time.monotonic() - began < 1.0
-    _await_back(pools, "decode", 2, dead)
+    pools.await_back("decode", 2, dead)
     answer = httpx.post(
         f"{pools.url}/v1/completions",
         json={"model": "smollm2", "prompt": [1, 2, 3], "max_tokens": 2},
