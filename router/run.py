@@ -2,8 +2,8 @@
 
 Whatever happens, P's blocks are either read by D or given back: when a prefill was aborted just
 as it finished, when a client left between the two steps, when D refuses. A D that is lost may only
-hang, and read on when it wakes: the blocks stay as they are until their lease ends. P is watched until D has
-read them: over some transports a read from a P that hangs would stand still for as long.
+hang, and read on when it wakes: the blocks stay as they are until their lease ends. P is watched
+until D has read them: over some transports a read from a P that hangs would stand still too.
 """
 
 from collections.abc import AsyncGenerator, Sequence

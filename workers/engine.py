@@ -6,6 +6,7 @@ loop follows vLLM's `EngineCoreProc.run_busy_loop`; the contract test in tests/f
 attributes used here to the pinned version.
 """
 
+import math
 import queue
 import threading
 import time
@@ -68,6 +69,7 @@ class Engine:
         self._scheduler.kv_event_publisher = self._events
         self._listener = listener
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._trusted_s = _trusted_s(config)
         self._totals = _Counters()
         self._prompt_tokens: dict[str, int] = {}
         self.failure: BaseException | None = None
@@ -146,7 +148,9 @@ class Engine:
     def _take_orders(self) -> bool:
         """Carry out what was asked; block while there is nothing to step."""
         while True:
-            self._stepped_at = time.monotonic()
+            began_at, self._stepped_at = self._stepped_at, time.monotonic()
+            if self._stepped_at - began_at > self._trusted_s:
+                self._drop_doubtful()
             idle = not self._scheduler.has_requests() and not self._core.batch_queue
             try:
                 order = self._orders.get(block=idle)
@@ -166,6 +170,19 @@ class Engine:
         if not executed and self._scheduler.has_requests():
             unfinished = self._scheduler.has_unfinished_requests()
             time.sleep(_WAITING_PAUSE_S if unfinished else _LEASED_PAUSE_S)
+
+    def _drop_doubtful(self) -> None:
+        """End the requests whose KV was on its way while this loop stood still: no heartbeat of
+        theirs went out, so the pages that were read may have been another prompt's by then."""
+        requests = self._scheduler.requests.values()
+        doubtful = [r.request_id for r in requests if r.status in _RECEIVING]
+        if not doubtful:
+            return
+        logger.warning("%d requests ended: their KV may be stale", len(doubtful))
+        self._core.abort_requests(doubtful)
+        stale = "its KV may be stale: the engine stood still while it was read"
+        refusals = [Delta(name, [], finish_reason="error", error=stale) for name in doubtful]
+        self._listener(StepReport(refusals, Change(), self._load()))
 
     def _admit(self, request: Request, answered: Sequence[int]) -> None:
         try:
@@ -231,6 +248,15 @@ class Engine:
             kv_usage=scheduler.kv_cache_manager.usage,
             totals=self._totals.frozen(),
         )
+
+
+def _trusted_s(config: VllmConfig) -> float:
+    """How long the loop may stand still before a lease on the KV that it reads may have ended: a
+    heartbeat goes out each sixth of a lease and prolongs it by two thirds of one (vLLM 0.32)."""
+    transfer = config.kv_transfer_config
+    if transfer is None:
+        return math.inf
+    return float(transfer.get_from_extra_config("kv_lease_duration", 30)) / 2
 
 
 class _MirrorEvents(EventPublisher):

@@ -71,6 +71,8 @@ class ReplicaServer:
         self._load_sent = (self._load, 0.0)
         self._lanes: tuple[str, ...] = ()
         self._aborted: dict[str, tuple[bytes, float]] = {}
+        self._void: set[bytes] = set()
+        self._awake_at = time.monotonic()
         self._draining = False
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -119,6 +121,9 @@ class ReplicaServer:
                 logger.warning("message dropped: %s", error)
 
     def _handle(self, identity: bytes, message: wire.Request) -> None:
+        self._notice_lapse(time.monotonic())
+        if identity in self._void:
+            return
         match message:
             case wire.Hello():
                 self._hello(identity, message)
@@ -134,6 +139,16 @@ class ReplicaServer:
                 self._engine.forget()
             case wire.Forget(order_id=order_id, tags=tags):
                 self._forget(identity, order_id, tags)
+
+    def _notice_lapse(self, now: float) -> None:
+        """After this process has stood still, every connection from before is void: its ingress
+        has given this replica up, and what it had asked must not be begun now, since the pages
+        behind its handoffs may be another prompt's. One that still listens connects anew."""
+        lapse_s, self._awake_at = now - self._awake_at, now
+        if lapse_s > SILENCE_S:
+            self._void |= set(self._peers)
+            for identity in list(self._peers):
+                self._drop(identity, f"this replica stood still for {lapse_s:.0f} s")
 
     def _hello(self, identity: bytes, hello: wire.Hello) -> None:
         peer = self._peers.get(identity)
@@ -247,6 +262,7 @@ class ReplicaServer:
             if self._engine.failure is not None:
                 raise EngineDeadError(self._replica.name, repr(self._engine.failure))
             now = time.monotonic()
+            self._notice_lapse(now)
             self._drop_silent(now)
             self._aborted = {k: v for k, v in self._aborted.items() if v[1] > now}
             if self._engine.stalled_s() < _STALL_S:  # else fall silent: others must take over

@@ -104,6 +104,7 @@ class Reading:
     """A request whose KV is half way: its prefill replica stands still."""
 
     stream: Stream
+    salt: str
     prefill: dict[str, Any]
     decode: dict[str, Any]
 
@@ -122,7 +123,7 @@ def half_way(cluster: Cluster, salt: str) -> Iterator[Reading]:
             stream.done()
             continue
         try:
-            yield Reading(stream, prefill, decode)
+            yield Reading(stream, f"{salt}-{attempt}", prefill, decode)
         finally:
             _go_on(prefill["pid"])
         return

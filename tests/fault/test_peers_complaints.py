@@ -100,8 +100,7 @@ def test_http_200_with_garbage_after_a_failed_transfer(pools: Cluster, truth: Tr
         assert reading.stream.done().tokens == truth["long"]
         record = decision(pools, reading.stream)
         assert pools.total("failed_transfers") > before or record["plans"] > 1
-        salt = reading.stream.name_asked.split("-", 2)[2]
-    repeat = ask_long(pools, salt).done()
+    repeat = ask_long(pools, reading.salt).done()
     assert repeat.tokens == truth["long"]
     pools.await_back("prefill", 2, {reading.prefill["pid"]}, pairs=2)
 
@@ -135,8 +134,10 @@ def test_blocks_leak_on_abort(pools: Cluster, truth: Truth) -> None:
 
 def test_dead_blocks_are_pinned_for_minutes(pools: Cluster, truth: Truth) -> None:
     """What a decode replica that hangs had begun to read stays for its lease and no longer (12 s
-    here, 30 s by default, and what heartbeats added): it might go on to read it."""
+    here, 30 s by default, and what heartbeats added). When it goes on after that, with the pages
+    full of other prompts, it takes none of them for what it had asked for."""
     with half_way(pools, "pinned") as reading, struck("stop", reading.decode["pid"]):
+        salt = reading.salt
         os.kill(reading.prefill["pid"], signal.SIGCONT)
         assert reading.stream.done(30).tokens == truth["long"]
 
@@ -145,7 +146,12 @@ def test_dead_blocks_are_pinned_for_minutes(pools: Cluster, truth: Truth) -> Non
             return not any(row["leased"] or row["kv_usage"] for row in rows)
 
         await_that(unpinned, "the prefill replica's blocks are free", 2 * LEASE_S)
+        others = [ask(pools, LONG[n:] + LONG[:n], 2, f"{salt}-{n}") for n in range(1, 13)]
+        assert all(len(stream.done().tokens) == 2 for stream in others)
     pools.await_back("decode", 2, (), pairs=2)
+    pools.await_rest(2 * LEASE_S)
+    again = [ask_long(pools, salt) for _ in range(6)]
+    assert [stream.done().tokens for stream in again] == [truth["long"]] * 6
 
 
 def test_kv_routing_degrades_to_load_only_in_silence(pools: Cluster, truth: Truth) -> None:

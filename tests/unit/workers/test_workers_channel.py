@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
@@ -310,3 +312,25 @@ async def test_draining_is_told(pair: Pair) -> None:
     """A replica that drains says so, and has drained once nothing runs."""
     await asyncio.wait_for(pair.server.drain(), 5)
     await until(lambda: pair.inbox.of(Load)[-1].draining)
+
+
+async def test_after_standing_still_nothing_old_is_begun(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that was stopped and goes on ends what it ran, and does not begin what its
+    ingress sent before it gave it up: the pages behind a handoff may be another prompt's. A new
+    connection is served."""
+    pair.link.send(SUBMIT)
+    await until(lambda: pair.engine.added)
+    monkeypatch.setattr(server, "SILENCE_S", 0.2)
+    pair.link.send(msgspec.structs.replace(SUBMIT, request_id="late"))
+    time.sleep(0.4)  # noqa: ASYNC251 as SIGSTOP would do
+    await until(lambda: pair.engine.aborted == ["r1"])
+    await asyncio.sleep(0.15)
+    assert len(pair.engine.added) == 1
+    inbox = Inbox()
+    again = ChannelLink(pair.server.address, "ingress-0", inbox)
+    await until(lambda: inbox.of(Welcome))
+    again.send(msgspec.structs.replace(SUBMIT, request_id="new"))
+    await until(lambda: len(pair.engine.added) == 2)
+    again.close()
