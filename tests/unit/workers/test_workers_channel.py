@@ -329,7 +329,7 @@ async def test_after_standing_still_nothing_old_is_begun(
     await asyncio.sleep(0.15)
     assert len(pair.engine.added) == 1
     inbox = Inbox()
-    again = ChannelLink(pair.server.address, "ingress-0", inbox)
+    again = ChannelLink(pair.server.address, "ingress-0", inbox, client_keys(SECRET))
     await until(lambda: inbox.of(Welcome))
     again.send(msgspec.structs.replace(SUBMIT, request_id="new"))
     await until(lambda: len(pair.engine.added) == 2)
