@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 # A replica beats at least once a second; this long without a word and it gets no more work.
 SILENCE_S = 3.0
+# One that is announced and says nothing to a new connection is connected to anew after this.
+_CONNECT_AGAIN_S = 10.0
 _WATCH_EVERY_S = 0.25
 _DIRECTORY_EVERY_S = 1.0
 
@@ -131,7 +133,7 @@ class Roster:
     def _notice_silence(self) -> None:
         for member in list(self._members.values()):
             silent_s = self._now() - member.heard_at
-            if member.up and silent_s > SILENCE_S:
+            if silent_s > (SILENCE_S if member.up else _CONNECT_AGAIN_S):
                 logger.warning("%s silent for %.1f s", member.name, silent_s)
                 member.lose(f"silent for {silent_s:.1f} s")
                 self._reconnect(member)
