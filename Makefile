@@ -12,7 +12,7 @@ LOCK_ARGS ?= --torch-backend cpu
 export BREAKEVEN_CACHE := $(abspath $(CACHE))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev python serve test check bench-start lock clean
+.PHONY: help setup setup-dev python serve test check bench-start bench-serve lock clean
 
 # $(call step,name,command): say what runs, and how long it took.
 step = @printf '==> %s\n' '$(1)'; s=$$(date +%s); $(2) && printf '    done in %s s\n' "$$(($$(date +%s) - s))"
@@ -47,6 +47,10 @@ check: setup-dev ## format, lint, types, layers and unit tests, in under a minut
 
 bench-start: setup ## time a fresh clone and a second start, weigh a cluster at rest
 	@$(BIN)/python benchmarks/start/run.py $(ARGS)
+
+# exec: Ctrl-C and SIGTERM reach the run itself, which ends its servers. QUICK=1 is a smoke run.
+bench-serve: setup-dev ## time serving against a plain server and other routings; QUICK=1 for a smoke run
+	@exec $(BIN)/python benchmarks/serve/run.py $(ARGS)
 
 lock: setup ## resolve requirements/*.in into the locked sets
 	$(call step,fetch uv,$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV))

@@ -1,0 +1,210 @@
+"""The servers that are compared: clusters of ours, and the plain vLLM API server.
+
+Each runs as its users run it, in processes of its own. Two may be up at once; the one that is not
+being measured is stopped by signal, so that what it does at rest is not the other's burden.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from benchmarks.serve.result import ROOT
+from cluster.config import RouterSection, cache_dir, load
+from cluster.model import ensure_default_model
+
+READY_S = 240.0
+# After a pause: heartbeats, health checks and re-subscriptions have caught up.
+SETTLE_S = 2.0
+# Of a cluster that is ready: what its start left behind has calmed down.
+CALM_S = 3.0
+_DRAIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; `process` is the root of all of its processes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def processes(self) -> list[psutil.Process]:
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def frontends(self) -> list[psutil.Process]:
+        """The processes that take HTTP: those that listen at the server's port."""
+        port = int(self.url.rsplit(":", 1)[1])
+        return [process for process in self.processes() if _listens(process, port)]
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """All of its processes stand still meanwhile."""
+        stopped = self.processes()
+        _signal(stopped, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _signal(stopped, signal.SIGCONT)
+
+    def rested(self) -> None:
+        """Return once it answers again after a pause."""
+        time.sleep(SETTLE_S)
+        _await(self, self.url + "/v1/models")
+
+
+def cpu_s(processes: list[psutil.Process]) -> float:
+    """CPU seconds that these have taken since they started."""
+    total = 0.0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+@cache
+def model() -> Path:
+    """The default model's folder."""
+    return ensure_default_model(cache_dir())
+
+
+def has_policies() -> bool:
+    """Whether this commit's router can be told how to choose."""
+    return "policy" in RouterSection.__struct_fields__
+
+
+@contextlib.contextmanager
+def ours(name: str, port: int, overrides: Mapping[str, Any]) -> Iterator[Server]:
+    """A cluster of ours; `overrides` are sections of its configuration file."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        cache_folder = Path(folder) / "cache"
+        cache_folder.mkdir()
+        (cache_folder / "models").symlink_to(model().parent)
+        config = Path(folder) / "config.yaml"
+        sections = dict(overrides)
+        sections["ingress"] = {"drain_s": _DRAIN_S, **sections.get("ingress", {}), "port": port}
+        config.write_text(yaml.safe_dump(sections))
+        command = [sys.executable, "-m", "cluster", "serve", "--config", str(config)]
+        env = {**os.environ, "BREAKEVEN_CACHE": str(cache_folder)}
+        with _running(name, command, env, port, Path(folder) / "log") as server:
+            try:
+                yield server
+            finally:
+                _end(server.process)
+                down = [sys.executable, "-m", "cluster", "down"]
+                subprocess.run(down, cwd=ROOT, env=env, capture_output=True, check=False)
+
+
+@contextlib.contextmanager
+def plain(port: int, overrides: Mapping[str, Any] | None = None) -> Iterator[Server]:
+    """vLLM's API server over one engine, with the options and environment of our engines."""
+    # Imports Ray, which takes seconds.
+    from cluster.app import engine_options, environment
+
+    config = load(None, overrides or {})
+    options = engine_options(config, config.decode)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model()), "--served-model-name", *config.served_names]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enable-prefix-caching", "--prefix-caching-hash-algo", "sha256_cbor"]
+    # A line of log a request would be its cost and not ours.
+    command += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+    command += [word for option, value in options.items() for word in _words(option, value)]
+    ours_only = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CONFIGURE_LOGGING")
+    told = environment(config, model(), 1)
+    env = {**os.environ, **{k: v for k, v in told.items() if k not in ours_only}}
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as folder,
+        _running("plain", command, env, port, Path(folder) / "log") as server,
+    ):
+        try:
+            yield server
+        finally:
+            _end(server.process)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    return [flag] if value is True else [flag, str(value)]
+
+
+@contextlib.contextmanager
+def _running(
+    name: str, command: list[str], env: dict[str, str], port: int, log: Path
+) -> Iterator[Server]:
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
+        )
+    server = Server(name, process, f"http://127.0.0.1:{port}", log)
+    began_s = time.monotonic()
+    print(f"    {name}: starting", flush=True)
+    try:
+        probe = "/readyz" if "cluster" in command else "/health"
+        _await(server, server.url + probe)
+        print(f"    {name}: ready in {time.monotonic() - began_s:.0f} s", flush=True)
+        time.sleep(CALM_S)
+    except BaseException:
+        _end(process)
+        raise
+    yield server
+
+
+def _await(server: Server, url: str) -> None:
+    deadline_s = time.monotonic() + READY_S
+    while not _answers(url):
+        if server.process.poll() is not None or time.monotonic() > deadline_s:
+            tail = server.log.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{server.name}: no answer at {url}\n{tail}")
+        time.sleep(0.3)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server and every process below it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        below = root.children(recursive=True)
+        _signal([root, *below], signal.SIGCONT)
+        root.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        _signal([root, *below], signal.SIGKILL)
+        psutil.wait_procs(below, timeout=10)
+    process.wait(10)
+
+
+def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        sockets = process.net_connections(kind="tcp")
+    except psutil.Error:
+        return False
+    return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)

@@ -1,0 +1,88 @@
+"""Plots of `make bench-serve`, from the raw results that the parts keep."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+
+def draw(results: Path, quick: bool) -> None:
+    """One PNG for each part that has results."""
+    raw = results / ("raw-quick" if quick else "raw")
+    drawn: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+        "overhead": _overhead,
+        "interference": _interference,
+        "conversations": _conversations,
+    }
+    for part, panel in drawn.items():
+        path = raw / f"{part}.json"
+        if not path.exists():
+            continue
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+        panel(axes, json.loads(path.read_text())["results"])
+        figure.tight_layout()
+        figure.savefig((raw if quick else results) / f"{part}.png", dpi=110)
+        plt.close(figure)
+
+
+def _cdf(axes: Axes, values: list[float], label: str) -> None:
+    ordered = sorted(values)
+    share = [(n + 1) / len(ordered) for n in range(len(ordered))]
+    axes.step([1000 * value for value in ordered], share, where="post", label=label)
+
+
+def _style(axes: Axes, title: str, across: str, up: str = "share") -> None:
+    axes.set_title(title)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _overhead(axes: Any, results: dict[str, Any]) -> None:
+    for name in ("plain", "ours"):
+        blocks = [done for key, done in results.items() if key.startswith(f"{name}-1-")]
+        for panel, what in zip(axes, ("ttft_s", "gaps_s"), strict=True):
+            values = [value for block in blocks for value in block["alone"][what]]
+            if values:
+                _cdf(panel, values, name)
+    _style(axes[0], "Cached prompts of 200 tokens, one at a time", "TTFT, ms")
+    _style(axes[1], "The same", "between tokens, ms")
+
+
+def _interference(axes: Any, results: dict[str, Any]) -> None:
+    for key, done in results.items():
+        if not key.startswith(("ours-0", "search-")):
+            continue
+        label = "ours" if key == "ours-0" else f"colocated, chunk {key.removeprefix('search-')}"
+        gaps = sorted(gap for stream in done["gaps_s"] for gap in stream)
+        beyond = [1 - n / len(gaps) for n in range(len(gaps))]
+        axes[0].step([1000 * gap for gap in gaps], beyond, where="post", label=label)
+        _cdf(axes[1], done["prompts"]["ttft_s"], label)
+    axes[0].set_xscale("log")
+    axes[0].set_yscale("log")
+    _style(axes[0], "Streams while 2k prompts arrive", "between tokens, ms", "share of gaps beyond")
+    _style(axes[1], "The prompts", "TTFT, ms")
+
+
+def _conversations(axes: Any, results: dict[str, Any]) -> None:
+    policies = sorted({key.rsplit("-", 1)[0] for key in results})
+    for policy in policies:
+        runs = [done for key, done in results.items() if key.rsplit("-", 1)[0] == policy]
+        turns = [turn for done in runs for turn in done["turns"]]
+        _cdf(axes[0], [turn["ttft_s"] for turn in turns], policy)
+        numbers = sorted({turn["turn"] for turn in turns})
+        means = [
+            sum(of_turn) / len(of_turn)
+            for number in numbers
+            if (of_turn := [turn["ttft_s"] for turn in turns if turn["turn"] == number])
+        ]
+        axes[1].plot([number + 1 for number in numbers], means, marker="o", label=policy)
+    _style(axes[0], "Turns of four conversations on two engines", "TTFT, ms")
+    _style(axes[1], "Mean TTFT by turn", "turn", "s")

@@ -1,0 +1,164 @@
+"""Rows, raw samples and the report of `make bench-serve`."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure; `target` is None where none was asked for."""
+
+    name: str
+    value: float
+    unit: str
+    target: float | None
+    ok: bool
+    detail: str = ""
+
+    def line(self) -> str:
+        """The row as it is printed."""
+        target = "" if self.target is None else f" (target {self.target:g})"
+        verdict = "ok  " if self.ok else "MISS"
+        return f"{verdict} {self.name}: {self.value:g} {self.unit}{target}  {self.detail}"
+
+
+def at_most(name: str, value: float, unit: str, target: float, detail: str = "") -> Row:
+    return Row(name, _round(value), unit, target, value <= target, detail)
+
+
+def at_least(name: str, value: float, unit: str, target: float, detail: str = "") -> Row:
+    return Row(name, _round(value), unit, target, value >= target, detail)
+
+
+def shown(name: str, value: float, unit: str, detail: str = "") -> Row:
+    """A figure without a target."""
+    return Row(name, _round(value), unit, None, True, detail)
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    """Median, least and most of repeats, for a row's detail."""
+    shown_unit = f" {unit}" if unit else ""
+    return (
+        f"median {statistics.median(values):.3g} of {len(values)}, "
+        f"{min(values):.3g}..{max(values):.3g}{shown_unit}"
+    )
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+    """The nearest-rank quantile; NaN of nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return float("nan")
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+class Store:
+    """Raw results of one part, kept as each is measured: an interrupted run goes on behind them.
+
+    What another commit, or another state of the working tree, measured is measured again.
+    """
+
+    def __init__(self, part: str, quick: bool) -> None:
+        self._path = RESULTS / ("raw-quick" if quick else "raw") / f"{part}.json"
+        self._commit = commit()
+        self._kept: dict[str, Any] = {}
+        if self._path.exists():
+            saved = json.loads(self._path.read_text())
+            if saved["commit"] == self._commit:
+                self._kept = saved["results"]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._kept
+
+    def kept(self, key: str) -> Any:
+        """What `get` has measured under `key`."""
+        return self._kept[key]
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """The kept result under `key`, or that of `measure`, which is plain JSON."""
+        if key not in self._kept:
+            # As a later run will read it: tuples become lists, keys strings.
+            self._kept[key] = json.loads(json.dumps(measure()))
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            report = {"commit": self._commit, "date": _now(), "results": self._kept}
+            draft = self._path.with_suffix(".tmp")
+            draft.write_text(json.dumps(report) + "\n")
+            draft.replace(self._path)
+        return self._kept[key]
+
+
+def forget(quick: bool, part: str) -> None:
+    """Drop what was kept of a part."""
+    folder = RESULTS / ("raw-quick" if quick else "raw")
+    for path in (folder / f"{part}.json", folder / f"{part}.rows.json"):
+        path.unlink(missing_ok=True)
+
+
+def commit() -> str:
+    """HEAD, and a digest of what the working tree changes in it; results do not count."""
+    head = _git("rev-parse", "--short", "HEAD").strip()
+    outside = ("--", ".", ":!benchmarks/*/results")
+    changes = _git("diff", "HEAD", *outside)
+    for name in _git("ls-files", "--others", "--exclude-standard", *outside).splitlines():
+        changes += name + (ROOT / name).read_text(errors="replace")
+    return f"{head}+{sha256(changes.encode()).hexdigest()[:8]}" if changes else head
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "python": platform.python_version(),
+    }
+
+
+def write(rows: Sequence[Row], quick: bool) -> Path:
+    """The report; a smoke run has one of its own, beside the recorded one."""
+    path = RESULTS / ("quick.json" if quick else "latest.json")
+    raw = RESULTS / ("raw-quick" if quick else "raw")
+    report = {
+        "machine": machine(),
+        "commit": commit(),
+        "date": _now(),
+        "rows": [asdict(row) for row in rows],
+        "raw": sorted(str(each.relative_to(HERE)) for each in raw.glob("*.json")),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    return path
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
