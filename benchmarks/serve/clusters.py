@@ -24,6 +24,7 @@ import yaml
 from benchmarks.serve.result import ROOT
 from cluster.config import RouterSection, cache_dir, load
 from cluster.model import ensure_default_model
+from tests.tiny_model import cached_tiny_model
 
 READY_S = 240.0
 # After a pause: heartbeats, health checks and re-subscriptions have caught up.
@@ -78,9 +79,10 @@ def cpu_s(processes: list[psutil.Process]) -> float:
 
 
 @cache
-def model() -> Path:
-    """The default model's folder."""
-    return ensure_default_model(cache_dir())
+def model(quick: bool = False) -> Path:
+    """The folder of the default model; for smoke runs, of a tiny one with its tokenizer."""
+    default = ensure_default_model(cache_dir())
+    return cached_tiny_model(cache_dir(), default) if quick else default
 
 
 def has_policies() -> bool:
@@ -89,14 +91,16 @@ def has_policies() -> bool:
 
 
 @contextlib.contextmanager
-def ours(name: str, port: int, overrides: Mapping[str, Any]) -> Iterator[Server]:
+def ours(
+    name: str, port: int, overrides: Mapping[str, Any], quick: bool = False
+) -> Iterator[Server]:
     """A cluster of ours; `overrides` are sections of its configuration file."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         cache_folder = Path(folder) / "cache"
         cache_folder.mkdir()
-        (cache_folder / "models").symlink_to(model().parent)
+        (cache_folder / "models").symlink_to(model(quick).parent)
         config = Path(folder) / "config.yaml"
-        sections = dict(overrides)
+        sections = {**overrides, "model": str(model(quick))}
         sections["ingress"] = {"drain_s": _DRAIN_S, **sections.get("ingress", {}), "port": port}
         config.write_text(yaml.safe_dump(sections))
         command = [sys.executable, "-m", "cluster", "serve", "--config", str(config)]
@@ -111,22 +115,22 @@ def ours(name: str, port: int, overrides: Mapping[str, Any]) -> Iterator[Server]
 
 
 @contextlib.contextmanager
-def plain(port: int, overrides: Mapping[str, Any] | None = None) -> Iterator[Server]:
+def plain(port: int, quick: bool = False) -> Iterator[Server]:
     """vLLM's API server over one engine, with the options and environment of our engines."""
     # Imports Ray, which takes seconds.
     from cluster.app import engine_options, environment
 
-    config = load(None, overrides or {})
+    config = load(None, {})
     options = engine_options(config, config.decode)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model()), "--served-model-name", *config.served_names]
+    command += ["--model", str(model(quick)), "--served-model-name", *config.served_names]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--enable-prefix-caching", "--prefix-caching-hash-algo", "sha256_cbor"]
     # A line of log a request would be its cost and not ours.
     command += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
     command += [word for option, value in options.items() for word in _words(option, value)]
     ours_only = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CONFIGURE_LOGGING")
-    told = environment(config, model(), 1)
+    told = environment(config, model(quick), 1)
     env = {**os.environ, **{k: v for k, v in told.items() if k not in ours_only}}
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,

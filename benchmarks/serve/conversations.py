@@ -57,18 +57,19 @@ def measure(quick: bool) -> list[Row]:
         policies = size.policies if number % 2 == 0 else size.policies[::-1]
         for policy in policies:
             seeds = range(number * size.runs, (number + 1) * size.runs)
-            _policy(store, policy, seeds, size.turns)
+            _policy(store, policy, seeds, quick)
     return _rows(store, size)
 
 
-def _policy(store: Store, policy: str, seeds: Sequence[int], turns: int) -> None:
+def _policy(store: Store, policy: str, seeds: Sequence[int], quick: bool) -> None:
+    turns = (QUICK if quick else FULL).turns
     left = [seed for seed in seeds if f"{policy}-{seed}" not in store]
     if not left:
         return
     sections: dict[str, Any] = {"prefill": {"replicas": 0}, "decode": {"replicas": 2}}
     if clusters.has_policies():
         sections["router"] = {"policy": policy}
-    with clusters.ours(f"2 engines, {policy}", PORT, sections) as server:
+    with clusters.ours(f"2 engines, {policy}", PORT, sections, quick) as server:
         for seed in left:
             store.get(f"{policy}-{seed}", partial(run, server, seed, turns))
 
@@ -180,8 +181,8 @@ def _against(
 def _reused(done: dict[str, Any]) -> float:
     """Of what a conversation had made reusable, the share that was."""
     turns = [turn for turn in done["turns"] if turn["reusable_tokens"]]
-    used = sum(min(turn["cached_tokens"], turn["reusable_tokens"]) for turn in turns)
-    return float(used) / max(1, sum(turn["reusable_tokens"] for turn in turns))
+    used = sum(min(int(t["cached_tokens"]), int(t["reusable_tokens"])) for t in turns)
+    return used / max(1, sum(int(turn["reusable_tokens"]) for turn in turns))
 
 
 def _each(policy: str, runs: Sequence[dict[str, Any]]) -> list[Row]:

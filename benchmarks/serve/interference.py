@@ -11,7 +11,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,50 +51,20 @@ QUICK = Size(chunks=(512,), search=1, arrivals=1, repeats=1)
 def measure(quick: bool) -> list[Row]:
     """Rows of this part; what was measured of this commit is not measured again."""
     store, size = Store("interference", quick), QUICK if quick else FULL
-    with contextlib.ExitStack() as stack:
-        ours = _Lazy(stack, "ours, 1 prefill 1 decode", PORT_OURS, _sections_ours())
-        prefill_s = store.get("prefill_s", lambda: calibrate(ours.server(), 1 if quick else 3))
-        gaps_s = _arrival_gaps_s(prefill_s, size.arrivals)
-        for chunk in size.chunks:
-            if f"search-{chunk}" in store:
-                continue
-            with ours.resting(), _base(chunk) as base:
-                found = gaps_s[: size.search]
-                store.get(f"search-{chunk}", partial(window, base, found))
-        best = _best(store, size)
-        _repeat(store, size, ours, best, gaps_s)
+    best = _search(store, size) if len(size.chunks) > 1 else size.chunks[0]
+    keys = [f"{name}-{n}" for n in range(size.repeats) for name in ("ours", "base")]
+    if any(key not in store for key in keys):
+        with _ours(quick) as ours, _base(best, quick) as base:
+            _repeat(store, size, ours, base)
     return _rows(store, size, best)
 
 
-class _Lazy:
-    """Our cluster: started when something is to be measured, standing still while others are."""
-
-    def __init__(
-        self, stack: contextlib.ExitStack, name: str, port: int, sections: dict[str, Any]
-    ) -> None:
-        self._stack, self._told = stack, (name, port, sections)
-        self._server: Server | None = None
-
-    def server(self) -> Server:
-        if self._server is None:
-            self._server = self._stack.enter_context(clusters.ours(*self._told))
-        return self._server
-
-    @contextlib.contextmanager
-    def resting(self) -> Iterator[None]:
-        if self._server is None:
-            yield
-            return
-        with self._server.paused():
-            yield
-        self._server.rested()
+def _ours(quick: bool = False) -> contextlib.AbstractContextManager[Server]:
+    sections = {"engine": _ENGINE, "prefill": {"replicas": 1}, "decode": {"replicas": 1}}
+    return clusters.ours("1 prefill, 1 decode", PORT_OURS, sections, quick)
 
 
-def _sections_ours() -> dict[str, Any]:
-    return {"engine": _ENGINE, "prefill": {"replicas": 1}, "decode": {"replicas": 1}}
-
-
-def _base(chunk: int) -> contextlib.AbstractContextManager[Server]:
+def _base(chunk: int, quick: bool = False) -> contextlib.AbstractContextManager[Server]:
     sections: dict[str, Any] = {
         "engine": _ENGINE,
         "prefill": {"replicas": 0},
@@ -102,19 +72,31 @@ def _base(chunk: int) -> contextlib.AbstractContextManager[Server]:
     }
     if clusters.has_policies():
         sections["router"] = {"policy": "least_loaded"}
-    return clusters.ours(f"2 colocated, chunk {chunk}", PORT_BASE, sections)
+    return clusters.ours(f"2 colocated, chunk {chunk}", PORT_BASE, sections, quick)
 
 
-def _repeat(store: Store, size: Size, ours: _Lazy, best: int, gaps_s: list[float]) -> None:
+def _search(store: Store, size: Size) -> int:
+    """The baseline's chunk size with the lowest p99 between tokens, by a shorter window each."""
+    if "prefill_s" not in store:
+        with _ours() as ours:
+            store.get("prefill_s", partial(calibrate, ours))
+    gaps_s = _arrival_gaps_s(store.kept("prefill_s"), size.arrivals)[: size.search]
+    for chunk in size.chunks:
+        if f"search-{chunk}" not in store:
+            with _base(chunk) as base:
+                store.get(f"search-{chunk}", partial(window, base, gaps_s))
+    p99_s = {chunk: _p(store.kept(f"search-{chunk}"), 0.99) for chunk in size.chunks}
+    return min(size.chunks, key=lambda chunk: p99_s[chunk])
+
+
+def _repeat(store: Store, size: Size, ours: Server, base: Server) -> None:
     """Ours and the best baseline in turns."""
-    keys = [f"{name}-{n}" for n in range(size.repeats) for name in ("ours", "base")]
-    if all(key in store for key in keys):
-        return
-    first = ours.server()
-    with ours.resting():
-        base = ours._stack.enter_context(_base(best))
+    with base.paused():
+        prefill_s = store.get("prefill_s", partial(calibrate, ours))
+    base.rested()
+    gaps_s = _arrival_gaps_s(prefill_s, size.arrivals)
     for number in range(size.repeats):
-        turns = ((first, base, "ours"), (base, first, "base"))
+        turns = ((ours, base, "ours"), (base, ours, "base"))
         for server, other, name in turns if number % 2 == 0 else turns[::-1]:
             with other.paused():
                 store.get(f"{name}-{number}", partial(window, server, gaps_s))
@@ -124,7 +106,7 @@ def _repeat(store: Store, size: Size, ours: _Lazy, best: int, gaps_s: list[float
 # ------------------------------------------------------------------ one window
 
 
-def calibrate(server: Server, count: int) -> float:
+def calibrate(server: Server, count: int = 3) -> float:
     """Seconds that one such prompt takes the prefill engine while the streams run."""
     done = window(server, [0.0] * count, one_by_one=True)
     return float(statistics.median(done["prompts"]["ttft_s"]))
@@ -201,12 +183,6 @@ def _body(prompt: str, tokens: int) -> dict[str, Any]:
 # ------------------------------------------------------------------ from windows to rows
 
 
-def _best(store: Store, size: Size) -> int:
-    """The baseline's chunk size with the lowest p99 between tokens."""
-    p99 = {chunk: _p(store.kept(f"search-{chunk}"), 0.99) for chunk in size.chunks}
-    return min(size.chunks, key=lambda chunk: p99[chunk])
-
-
 def _all_gaps(done: dict[str, Any]) -> list[float]:
     return [gap for stream in done["gaps_s"] for gap in stream]
 
@@ -245,7 +221,7 @@ def _rows(store: Store, size: Size, best: int) -> list[Row]:
             for who, runs in (("ours", ours), (f"chunk {best}", base))
             for row in _each(who, runs)
         ],
-        *[_searched(store, chunk) for chunk in size.chunks],
+        *[_searched(store, chunk) for chunk in size.chunks if f"search-{chunk}" in store],
     ]
 
 

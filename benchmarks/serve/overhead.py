@@ -61,21 +61,22 @@ def measure(quick: bool) -> list[Row]:
                 print(f"    {replicas} ingress replicas left out: too little memory", flush=True)
                 continue
             if not plain:
-                plain.append(stack.enter_context(clusters.plain(PORT_PLAIN)))
-            _alternate(store, plain[0], replicas, repeats, size)
+                plain.append(stack.enter_context(clusters.plain(PORT_PLAIN, quick)))
+            _alternate(store, plain[0], replicas, repeats, quick)
     return _rows(store, size)
 
 
 _NAMES = ("ours", "plain")
 
 
-def _alternate(store: Store, plain: Server, replicas: int, repeats: int, size: Size) -> None:
+def _alternate(store: Store, plain: Server, replicas: int, repeats: int, quick: bool) -> None:
+    size = QUICK if quick else FULL
     sections = {
         "prefill": {"replicas": 0},
         "decode": {"replicas": 1},
         "ingress": {"replicas": replicas},
     }
-    with clusters.ours(f"ours, {replicas} ingress", PORT_OURS, sections) as ours:
+    with clusters.ours(f"ours, {replicas} ingress", PORT_OURS, sections, quick) as ours:
         for number in range(repeats):
             turns = ((ours, plain, "ours"), (plain, ours, "plain"))
             # First one, then the other: what drifts does not always meet the same.
