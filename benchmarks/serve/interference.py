@@ -23,7 +23,8 @@ from benchmarks.serve.texts import words
 
 PORT_OURS, PORT_BASE = 18142, 18143
 PATH = "/v1/completions"
-STREAMS = 8
+# As many as one engine of the default configuration runs at once.
+STREAMS = 16
 BUSY = 0.7
 PROMPT_TOKENS = 2000
 _PROMPT_ANSWER_TOKENS = 8

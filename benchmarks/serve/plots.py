@@ -48,19 +48,22 @@ def _style(axes: Axes, title: str, across: str, up: str = "share") -> None:
 def _overhead(axes: Any, results: dict[str, Any]) -> None:
     for name in ("plain", "ours"):
         blocks = [done for key, done in results.items() if key.startswith(f"{name}-1-")]
-        for panel, what in zip(axes, ("ttft_s", "gaps_s"), strict=True):
+        for panel, what in zip(axes, ("ttft_s", "itl_s"), strict=True):
             values = [value for block in blocks for value in block["alone"][what]]
             if values:
                 _cdf(panel, values, name)
     _style(axes[0], "Cached prompts of 200 tokens, one at a time", "TTFT, ms")
-    _style(axes[1], "The same", "between tokens, ms")
+    _style(axes[1], "The same", "between tokens, mean of an answer, ms")
 
 
 def _interference(axes: Any, results: dict[str, Any]) -> None:
     for key, done in results.items():
-        if not key.startswith(("ours-0", "search-")):
+        names = {"ours-0": "ours", "base-0": "colocated, its best"}
+        if key.startswith("search-"):
+            names[key] = f"colocated, chunk {key.removeprefix('search-')}"
+        if key not in names:
             continue
-        label = "ours" if key == "ours-0" else f"colocated, chunk {key.removeprefix('search-')}"
+        label = names[key]
         gaps = sorted(gap for stream in done["gaps_s"] for gap in stream)
         beyond = [1 - n / len(gaps) for n in range(len(gaps))]
         axes[0].step([1000 * gap for gap in gaps], beyond, where="post", label=label)
