@@ -5,6 +5,7 @@ being measured is stopped by signal, so that what it does at rest is not the oth
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import psutil
 import yaml
 
 from benchmarks.serve.result import ROOT
-from cluster.config import RouterSection, cache_dir, load
+from cluster.config import cache_dir, load
 from cluster.model import ensure_default_model
 from tests.tiny_model import cached_tiny_model
 
@@ -85,9 +86,17 @@ def model(quick: bool = False) -> Path:
     return cached_tiny_model(cache_dir(), default) if quick else default
 
 
-def has_policies() -> bool:
-    """Whether this commit's router can be told how to choose."""
-    return "policy" in RouterSection.__struct_fields__
+def go_by(server: Server, policy: str) -> None:
+    """Have a running cluster of one ingress route by another policy."""
+    order = urllib.request.Request(
+        f"{server.url}/admin/policy",
+        json.dumps({"policy": policy}).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(order, timeout=10) as answer:
+        in_force = json.load(answer)["policy"]
+    if in_force != policy:
+        raise RuntimeError(f"{server.name}: {in_force} is in force, {policy} was ordered")
 
 
 @contextlib.contextmanager

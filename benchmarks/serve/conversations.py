@@ -1,16 +1,17 @@
 """Conversations that come back: who answers soonest, and how much of the history is reused.
 
 Four conversations of six turns run at once on two engines, each turn resending all that was said;
-three share a long system prompt. Only the router's policy differs: Breakeven's, plain prefix
-affinity without load terms, and round robin. No prefill pool: the question is where a turn goes,
-and both baselines know no other pool.
+three share a long system prompt. Only the router's policy differs, which is ordered while the
+cluster runs: Breakeven's, plain prefix affinity without load terms, and round robin. There is no
+prefill pool: the question is which cache a turn goes to.
 """
 
 import asyncio
 import itertools
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.serve.texts import words
 
 PORT = 18144
 CHAT = "/v1/chat/completions"
-OURS, AFFINITY, ROBIN = "breakeven", "prefix_affinity", "round_robin"
+POLICIES = OURS, AFFINITY, ROBIN = ("breakeven", "prefix_affinity", "round_robin")
 CONVERSATIONS = 4
 SHARING = 3
 BLOCK_TOKENS = 32
@@ -34,63 +35,59 @@ _ANSWER_TOKENS = 40
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Rounds over all policies, each a start of the cluster, and runs in each."""
+    """Turns of a conversation, and rounds over all policies."""
 
     turns: int
     rounds: int
-    runs: int
-    policies: tuple[str, ...]
 
 
-FULL = Size(turns=6, rounds=2, runs=2, policies=(OURS, AFFINITY, ROBIN))
-QUICK = Size(turns=2, rounds=1, runs=1, policies=(OURS, ROBIN))
+FULL = Size(turns=6, rounds=4)
+QUICK = Size(turns=2, rounds=1)
 
 
 def measure(quick: bool) -> list[Row]:
     """Rows of this part; what was measured of this commit is not measured again."""
     store, size = Store("conversations", quick), QUICK if quick else FULL
-    if not clusters.has_policies():
-        print("    router.policy is not there: Breakeven's own is measured alone", flush=True)
-        size = Size(size.turns, size.rounds, size.runs, (OURS,))
-    for number in range(size.rounds):
-        # Backwards every other time: what drifts does not always meet the same.
-        policies = size.policies if number % 2 == 0 else size.policies[::-1]
-        for policy in policies:
-            seeds = range(number * size.runs, (number + 1) * size.runs)
-            _policy(store, policy, seeds, quick)
+    # In another order each round: what drifts does not always meet the same.
+    turns = [
+        (POLICIES[(number + place) % len(POLICIES)], number)
+        for number in range(size.rounds)
+        for place in range(len(POLICIES))
+    ]
+    left = [turn for turn in turns if _key(*turn) not in store]
+    if left:
+        sections: dict[str, Any] = {"prefill": {"replicas": 0}, "decode": {"replicas": 2}}
+        with clusters.ours("2 engines", PORT, sections, quick) as server:
+            for policy, number in left:
+                clusters.go_by(server, policy)
+                store.get(_key(policy, number), partial(run, server, policy, number, size.turns))
     return _rows(store, size)
 
 
-def _policy(store: Store, policy: str, seeds: Sequence[int], quick: bool) -> None:
-    turns = (QUICK if quick else FULL).turns
-    left = [seed for seed in seeds if f"{policy}-{seed}" not in store]
-    if not left:
-        return
-    sections: dict[str, Any] = {"prefill": {"replicas": 0}, "decode": {"replicas": 2}}
-    if clusters.has_policies():
-        sections["router"] = {"policy": policy}
-    with clusters.ours(f"2 engines, {policy}", PORT, sections, quick) as server:
-        for seed in left:
-            store.get(f"{policy}-{seed}", partial(run, server, seed, turns))
+def _key(policy: str, number: int) -> str:
+    return f"{policy}-{number}"
 
 
 # ------------------------------------------------------------------ one run
 
 
-def run(server: Server, seed: int, turns: int) -> dict[str, Any]:
-    """All conversations of one seed: the same texts and pauses whoever serves them."""
-    return asyncio.run(_run(server, seed, turns))
+def run(server: Server, policy: str, number: int, turns: int) -> dict[str, Any]:
+    """All conversations of one round: the same lengths and pauses under each policy, in words of
+    its own, since the engines still hold what the policy before it made them compute."""
+    return asyncio.run(_run(server, policy, number, turns))
 
 
-async def _run(server: Server, seed: int, turns: int) -> dict[str, Any]:
-    shared = words(random.Random(seed), _SYSTEM_TOKENS)
+async def _run(server: Server, policy: str, number: int, turns: int) -> dict[str, Any]:
+    # Never the same text twice on one cluster, also when a run goes on where it stopped.
+    texts = random.Random(f"{policy} {number} {time.time_ns()}")
+    shared = words(texts, _SYSTEM_TOKENS)
     async with load.client(server.url) as client:
 
-        async def one(number: int) -> list[load.Answer]:
-            rng = random.Random(1000 * seed + number + 1)
-            system = shared if number < SHARING else words(rng, _SYSTEM_TOKENS)
-            await asyncio.sleep(0.4 * number)
-            return await _converse(client, rng, system, turns)
+        async def one(talk: int) -> list[load.Answer]:
+            pace = random.Random(1000 * number + talk)
+            system = shared if talk < SHARING else words(texts, _SYSTEM_TOKENS)
+            await asyncio.sleep(0.4 * talk)
+            return await _converse(client, pace, texts, system, turns)
 
         async def work() -> list[load.Answer]:
             talks = await asyncio.gather(*map(one, range(CONVERSATIONS)))
@@ -103,18 +100,18 @@ async def _run(server: Server, seed: int, turns: int) -> dict[str, Any]:
 
 
 async def _converse(
-    client: load.Client, rng: random.Random, system: str, turns: int
+    client: load.Client, pace: random.Random, texts: random.Random, system: str, turns: int
 ) -> list[load.Answer]:
     messages = [{"role": "system", "content": system}]
     answers = []
     for _ in range(turns):
-        messages.append({"role": "user", "content": words(rng, rng.randint(*_TURN_TOKENS))})
+        messages.append({"role": "user", "content": words(texts, pace.randint(*_TURN_TOKENS))})
         body = {"model": "smollm2", "messages": messages, "max_tokens": _ANSWER_TOKENS}
         fixed = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
         answer = await client.ask(CHAT, {**body, **fixed})
         answers.append(answer)
         messages.append({"role": "assistant", "content": answer.text})
-        await asyncio.sleep(rng.uniform(*_THINK_S))
+        await asyncio.sleep(pace.uniform(*_THINK_S))
     return answers
 
 
@@ -147,22 +144,19 @@ def reusable(before: Sequence[load.Answer], prompt: Sequence[int]) -> int:
 # ------------------------------------------------------------------ from runs to rows
 
 
-def _runs(store: Store, size: Size, policy: str) -> Iterator[dict[str, Any]]:
-    for seed in range(size.rounds * size.runs):
-        yield store.kept(f"{policy}-{seed}")
-
-
 def _mean_ttft_s(done: dict[str, Any]) -> float:
     return statistics.fmean(turn["ttft_s"] for turn in done["turns"])
 
 
 def _rows(store: Store, size: Size) -> list[Row]:
-    by_policy = {policy: list(_runs(store, size, policy)) for policy in size.policies}
+    numbers = range(size.rounds)
+    by_policy = {
+        policy: [store.kept(_key(policy, number)) for number in numbers] for policy in POLICIES
+    }
     targets = {ROBIN: 0.6, AFFINITY: 0.9}
     rows = [
         _against(by_policy[OURS], by_policy[policy], policy, target)
         for policy, target in targets.items()
-        if policy in by_policy
     ]
     ours = [_reused(done) for done in by_policy[OURS]]
     name = "reusable blocks that were reused"

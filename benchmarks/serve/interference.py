@@ -70,9 +70,8 @@ def _base(chunk: int, quick: bool = False) -> contextlib.AbstractContextManager[
         "engine": _ENGINE,
         "prefill": {"replicas": 0},
         "decode": {"replicas": 2, "engine": {"max_num_batched_tokens": chunk}},
+        "router": {"policy": "least_loaded"},
     }
-    if clusters.has_policies():
-        sections["router"] = {"policy": "least_loaded"}
     return clusters.ours(f"2 colocated, chunk {chunk}", PORT_BASE, sections, quick)
 
 

@@ -21,10 +21,10 @@ RESULTS = HERE / "results"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure; `target` is None where none was asked for."""
+    """One figure; `target` is None where none was asked for, `value` where none could be had."""
 
     name: str
-    value: float
+    value: float | None
     unit: str
     target: float | None
     ok: bool
@@ -34,7 +34,8 @@ class Row:
         """The row as it is printed."""
         target = "" if self.target is None else f" (target {self.target:g})"
         verdict = "ok  " if self.ok else "MISS"
-        return f"{verdict} {self.name}: {self.value:g} {self.unit}{target}  {self.detail}"
+        value = "none" if self.value is None else f"{self.value:g} {self.unit}"
+        return f"{verdict} {self.name}: {value}{target}  {self.detail}"
 
 
 def at_most(name: str, value: float, unit: str, target: float, detail: str = "") -> Row:
