@@ -41,7 +41,7 @@ class Size:
     rounds: int
 
 
-FULL = Size(turns=6, rounds=4)
+FULL = Size(turns=6, rounds=3)
 QUICK = Size(turns=2, rounds=1)
 
 

@@ -45,7 +45,7 @@ class Size:
     repeats: int
 
 
-FULL = Size(chunks=(128, 256, 512, 2048), search=7, arrivals=11, repeats=3)
+FULL = Size(chunks=(128, 256, 512, 2048), search=5, arrivals=8, repeats=3)
 QUICK = Size(chunks=(512,), search=1, arrivals=1, repeats=1)
 
 

@@ -44,7 +44,7 @@ class Size:
     replicas: tuple[int, ...]
 
 
-FULL = Size(alone=12, together=40, repeats=5, replicas=(1, 2, 4))
+FULL = Size(alone=5, together=16, repeats=7, replicas=(1, 2, 4))
 QUICK = Size(alone=4, together=16, repeats=1, replicas=(1,))
 
 
@@ -54,7 +54,7 @@ def measure(quick: bool) -> list[Row]:
     with contextlib.ExitStack() as stack:
         plain: list[Server] = []
         for replicas in size.replicas:
-            repeats = size.repeats if replicas == 1 else max(1, size.repeats // 2)
+            repeats = size.repeats if replicas == 1 else max(1, size.repeats // 3)
             if all(f"{name}-{replicas}-{n}" in store for name in _NAMES for n in range(repeats)):
                 continue
             if replicas > 1 and psutil.virtual_memory().available < 6e9 + replicas * _INGRESS_BYTES:
@@ -82,16 +82,18 @@ def _alternate(store: Store, plain: Server, replicas: int, repeats: int, quick: 
             # First one, then the other: what drifts does not always meet the same.
             for server, other, name in turns if number % 2 == 0 else turns[::-1]:
                 with other.paused():
-                    store.get(f"{name}-{replicas}-{number}", partial(block, server, size))
+                    alone = size.alone if replicas == 1 else 0
+                    measured = partial(block, server, alone, size.together)
+                    store.get(f"{name}-{replicas}-{number}", measured)
                 other.rested()
 
 
-def block(server: Server, size: Size) -> dict[str, Any]:
-    """One server under both loads."""
-    return asyncio.run(_block(server, size))
+def block(server: Server, alone: int, together: int) -> dict[str, Any]:
+    """One server under both loads, of so many requests each."""
+    return asyncio.run(_block(server, alone, together))
 
 
-async def _block(server: Server, size: Size) -> dict[str, Any]:
+async def _block(server: Server, alone: int, together: int) -> dict[str, Any]:
     rng = random.Random(200)
     prompts = [words(rng, _WORDS) for _ in range(_PROMPTS)]
     async with load.client(server.url) as client:
@@ -99,9 +101,11 @@ async def _block(server: Server, size: Size) -> dict[str, Any]:
         warm = [_body(prompt, 4) for prompt in prompts]
         await load.closed_loop(client, CHAT, warm, 1)
         await load.closed_loop(client, CHAT, warm, CONCURRENCY)
-        alone = await _load(client, server, prompts, size.alone, 1)
-        together = await _load(client, server, prompts, size.together, CONCURRENCY)
-    return {"alone": alone, "together": together}
+        done = {}
+        if alone:
+            done["alone"] = await _load(client, server, prompts, alone, 1)
+        done["together"] = await _load(client, server, prompts, together, CONCURRENCY)
+    return done
 
 
 async def _load(

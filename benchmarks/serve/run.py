@@ -94,4 +94,8 @@ def _measure(part: str, quick: bool) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped; run it again to go on behind what is measured", file=sys.stderr)
+        sys.exit(130)
