@@ -159,6 +159,9 @@ def _check(config: Config, source: str) -> None:
         complaint = f"ingress.host {config.ingress.host} is not loopback: set ingress.keys_file"
         raise ConfigError(source, complaint)
     _check_tls(config.ingress, source)
+    if config.ray.address is None and config.catalogue.replicas > 1:
+        complaint = f"catalogue.replicas is {config.catalogue.replicas}, and our own Ray has 1 node"
+        raise ConfigError(source, complaint)
 
 
 def _check_tls(ingress: IngressSection, source: str) -> None:

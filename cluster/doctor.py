@@ -17,7 +17,7 @@ from rich.table import Table
 
 from cluster import state
 from cluster.config import cache_dir, load
-from cluster.errors import NotRunningError, TlsError
+from cluster.errors import AdminKeyError, NotRunningError, TlsError
 from cluster.model import MARKER, MODEL_NAME
 from cluster.status import address, fetch
 from workers.lanes import is_rdma
@@ -151,6 +151,9 @@ def _cluster() -> Iterator[Finding]:
         return
     try:
         report = fetch(address(), "/admin/replicas")
+    except AdminKeyError as error:
+        yield Finding("cluster", "warn", "runs, and does not let us look", str(error))
+        return
     except NotRunningError:
         yield _port()
         return

@@ -97,13 +97,13 @@ class _Deploy:
         from cluster import app
 
         restarts: Counter[str] = Counter()
-        try:
-            while True:
+        while True:
+            try:
                 serve.run(app.build(*self._what, restarts), name=APP, route_prefix=None)
-                restarts.update(self._orders.get())
-        except BaseException as error:  # the thread's edge; `check` raises it during a start
-            self._error = error
-            print(f"deployment failed: {error}", file=sys.stderr, flush=True)
+            except BaseException as error:  # `check` raises it during a start; later ones may work
+                self._error = error
+                print(f"deployment failed: {error}", file=sys.stderr, flush=True)
+            restarts.update(self._orders.get())
 
     def check(self, run_dir: Path) -> None:
         """Raise `StartError` once the deployment has failed."""

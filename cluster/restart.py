@@ -29,6 +29,8 @@ def restart(pools: Sequence[str]) -> int:
     if found is None or supervisor is None:
         raise NotRunningError(found.url if found is not None else "any address")
     before = _pids(found.url, pools)
+    if not before:
+        raise RestartError([f"{' and '.join(pools)} (no replica is up)"])
     leave_order(Path(found.run_dir), pools)
     os.kill(supervisor.pid, signal.SIGHUP)
     print(f"replacing {', '.join(sorted(before))}", flush=True)
@@ -40,7 +42,10 @@ def restart(pools: Sequence[str]) -> int:
                 sorted(name for name, pid in shown.items() if pid in before.values())
             )
         time.sleep(_LOOK_S)
-        now = _pids(found.url, pools)
+        try:
+            now = _pids(found.url, pools)
+        except NotRunningError:  # busy starting engines: it answers again
+            continue
         for name in sorted(now.keys() | shown.keys()):
             if now.get(name) != shown.get(name):
                 print(f"{name}: {_pid(shown.get(name))} -> {_pid(now.get(name))}", flush=True)

@@ -19,7 +19,7 @@ from router.fleet import Fleet
 from router.forget import forget
 from router.guard import bearer
 from router.orders import Change
-from router.policy_admin import PolicyAdmin
+from router.policy_admin import EXAMPLE, PolicyAdmin
 from router.report import catalogue_row, curves_of, decision_row, forgotten_report, replica_row
 from router.salt import Salter
 
@@ -80,8 +80,8 @@ def admin_app(
     }
     open_to_all = keys is None
     changes = {
-        "/admin/policy": changing(Change, policies.order, open_to_all),
-        "/admin/forget": changing(ForgetOrder, forget_tenant, open_to_all),
+        "/admin/policy": changing(Change, policies.order, open_to_all, EXAMPLE),
+        "/admin/forget": changing(ForgetOrder, forget_tenant, open_to_all, '{"tenant": "acme"}'),
     }
     return Starlette(
         routes=[

@@ -19,10 +19,13 @@ T = TypeVar("T")
 
 
 def changing(
-    wanted: type[T], carry_out: Callable[[T], Awaitable[Response]], open_to_all: bool
+    wanted: type[T],
+    carry_out: Callable[[T], Awaitable[Response]],
+    open_to_all: bool,
+    example: str,
 ) -> Callable[[Request], Awaitable[Response]]:
     """A handler that reads a `wanted` from a JSON body, refuses anything else, and carries it
-    out; `open_to_all` says that no key is asked for."""
+    out; `open_to_all` says that no key is asked for, `example` what would be taken."""
 
     async def answer(request: Request) -> Response:
         refusal = refused(request, open_to_all)
@@ -36,7 +39,7 @@ def changing(
         try:
             asked = msgspec.json.decode(body, type=wanted)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            return _refusal(400, f"the body: {error}")
+            return _refusal(400, f"the body: {error}; send JSON such as {example}")
         return await carry_out(asked)
 
     return answer

@@ -128,7 +128,7 @@ class FleetMetrics(Collector):
         )
         yield GaugeMetricFamily(
             "breakeven_catalogue_lag_seconds",
-            "Age of the oldest change of blocks when the catalogue took it in, since its last beat",
+            "Age of the oldest change of blocks when it was taken in, of the last 15 s or more",
             self._fleet.line.beat.lag_s,
         )
 

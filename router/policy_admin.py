@@ -12,7 +12,7 @@ from router.policy import Policy
 from router.shadow import Shadow, Tally
 
 _NAMES = ", ".join(Policy)
-_WANTED = f'send JSON such as {{"policy": "least_loaded", "shadow": null}}; policies are {_NAMES}'
+EXAMPLE = f'{{"policy": "least_loaded", "shadow": null}}; policies are {_NAMES}'
 
 
 class PolicyAdmin:
@@ -28,7 +28,7 @@ class PolicyAdmin:
     async def order(self, change: Change) -> Response:
         """`POST /admin/policy`: order another policy or shadow, for every ingress."""
         if change == Change():
-            return _error(400, f"nothing to change; {_WANTED}")
+            return _error(400, f"nothing to change; send JSON such as {EXAMPLE}")
         try:
             order = await self._in_force.change(change)
         except OrderError as error:

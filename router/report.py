@@ -47,7 +47,7 @@ def catalogue_row(line: Line) -> dict[str, Any]:
 
 def forgotten_report(tenant: str, outcomes: list[Outcome]) -> dict[str, Any]:
     rows = [asdict(outcome) for outcome in outcomes]
-    complete = all(outcome.complaint is None for outcome in outcomes)
+    complete = bool(outcomes) and all(outcome.complaint is None for outcome in outcomes)
     return {"tenant": tenant, "complete": complete, "replicas": rows}
 
 

@@ -19,6 +19,8 @@ from workers.server import ReplicaServer
 logger = logging.getLogger(__name__)
 
 _LANES_EVERY_S = 1.0
+# A step loop that stands for so long does not go on; ingresses have left it after 30 s.
+_HOPELESS_S = 120.0
 
 
 class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,10 +109,13 @@ class ReplicaProcess:
                 self._server.show_lanes(found)
 
     def check_health(self) -> None:
-        """Raise `EngineDeadError` once the step loop has ended."""
+        """Raise `EngineDeadError` once the step loop has ended, or stands still for good."""
         failure = self._engine.failure
         if failure is not None:
             raise EngineDeadError(self.name, f"{type(failure).__name__}: {failure}")
+        stalled_s = self._engine.stalled_s()
+        if stalled_s > _HOPELESS_S:
+            raise EngineDeadError(self.name, f"no step for {stalled_s:.0f} s with work to do")
 
     async def drain(self) -> None:
         """Wait until no ingress has a request here any more, `drain_s` at most; a replica whose

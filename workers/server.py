@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # An ingress says Hello every second; ten missed ones mean that it is gone or hangs.
 SILENCE_S = 10.0
+# A process that did nothing for so long was stopped; its ingresses have given it up.
+_LAPSE_S = SILENCE_S
 _BEAT_S = 0.25
 _LOAD_EVERY_S = 1.0
 # A step of a large model may take seconds; a loop that stands for longer hangs.
@@ -119,6 +121,8 @@ class ReplicaServer:
                 self._handle(identity, wire.decode_request(b"".join(frames), identity.hex()))
             except WireError as error:
                 logger.warning("message dropped: %s", error)
+            # Messages that are there already do not give the loop a turn.
+            await asyncio.sleep(0)
 
     def _handle(self, identity: bytes, message: wire.Request) -> None:
         self._notice_lapse(time.monotonic())
@@ -145,7 +149,7 @@ class ReplicaServer:
         has given this replica up, and what it had asked must not be begun now, since the pages
         behind its handoffs may be another prompt's. One that still listens connects anew."""
         lapse_s, self._awake_at = now - self._awake_at, now
-        if lapse_s > SILENCE_S:
+        if lapse_s > _LAPSE_S:
             self._void |= set(self._peers)
             for identity in list(self._peers):
                 self._drop(identity, f"this replica stood still for {lapse_s:.0f} s")

@@ -22,7 +22,9 @@ class Accounts:
         return standing
 
     def held(self, ingress: str, held: Held) -> None:
-        """A request that entered under another catalogue."""
+        """A request that entered under another catalogue, or over another connection."""
+        for others in self._held.values():
+            others.pop(held.request_id, None)
         self._ledger.hold(held.tenant, held.request_id)
         unused = Leave(held.tenant, held.limits, held.request_id, 0)
         self._held.setdefault(ingress, {})[held.request_id] = unused

@@ -4,7 +4,8 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, cast
 
 import zmq
 import zmq.asyncio
@@ -20,8 +21,11 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 0.25
 # A catalogue beats four times a second; one that is silent for longer is not asked.
 SILENCE_S = 1.5
+# One that is announced and silent for so long is connected to anew.
+CONNECT_AGAIN_S = 10.0
 _HELLO_EVERY_S = 1.0
 _DIRECTORY_EVERY_S = 1.0
+_BACKLOG = 100_000
 
 
 class Seats(Protocol):
@@ -52,7 +56,7 @@ class CatalogueLine:
         self._seat: Seat | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._receiving: asyncio.Task[None] | None = None
-        self._heard_at = -SILENCE_S
+        self._heard_at = self._entered_at = -SILENCE_S
         self.beat = wire.Beat()
 
     @property
@@ -63,11 +67,12 @@ class CatalogueLine:
     async def watch(self) -> None:
         """Until cancelled: find the catalogue, greet it, follow it when it moves."""
         try:
-            while True:
-                await self._follow()
-                if self._socket is not None:
-                    self.tell(wire.Hello(self._ingress))
-                await asyncio.sleep(_HELLO_EVERY_S)
+            async with asyncio.TaskGroup() as tasks:
+                # Apart: a directory that hangs must not silence the line.
+                tasks.create_task(self._follow_seats())
+                while True:
+                    self._greet()
+                    await asyncio.sleep(_HELLO_EVERY_S)
         finally:
             self._leave()
 
@@ -105,12 +110,18 @@ class CatalogueLine:
             del self._waiting[number]
 
     def tell(self, message: wire.Question) -> None:
-        """Send a message; lost while there is no catalogue."""
+        """Send a message; lost while there is no catalogue, which is told anew what stands."""
         if self._socket is not None:
-            try:
-                self._socket.send(wire.encode(message), zmq.NOBLOCK)
-            except zmq.Again:  # it reads nothing: its silence is noticed
-                logger.warning("catalogue: message lost")
+            future = self._socket.send(wire.encode(message), zmq.NOBLOCK)
+            sending = cast("asyncio.Future[object]", future)
+            sending.add_done_callback(partial(self._sent, self._socket))
+
+    def _sent(self, socket: zmq.asyncio.Socket, sending: "asyncio.Future[object]") -> None:
+        lost = not sending.cancelled() and sending.exception() is not None
+        if lost and socket is self._socket:
+            # It reads nothing; when it does again it must not go by half of what was said.
+            logger.warning("catalogue: message lost: %s", sending.exception())
+            self._reconnect()
 
     def stands(self, name: str, message: wire.Question | None) -> None:
         """What a new catalogue is to be told under this name, until it is None."""
@@ -119,35 +130,58 @@ class CatalogueLine:
         else:
             self._standing[name] = message
 
-    async def _follow(self) -> None:
-        try:
-            seats = await self._seats.catalogues()
-        except OSError as error:
-            logger.warning("directory not reached: %s", error)
-            return
-        seat = self._choose(seats)
-        if seat != self._seat:
-            self._leave()
-            if seat is not None:
-                self._enter(seat)
+    async def _follow_seats(self) -> None:
+        while True:
+            try:
+                seat = self._choose(await self._seats.catalogues())
+            except OSError as error:
+                logger.warning("directory not reached: %s", error)
+            else:
+                if seat != self._seat:
+                    self._leave()
+                    self._enter(seat)
+            await asyncio.sleep(_DIRECTORY_EVERY_S)
 
     def _choose(self, seats: Sequence[Seat]) -> Seat | None:
-        """This node's own, else any: all ingresses of a node choose the same one. One that
-        answers is kept."""
-        if self.up and self._seat in seats:
+        """One that answers is kept, whatever the directory says. Else this node's own, else any,
+        and last the one that has fallen silent: a dead one's record outlives it."""
+        if self.up:
             return self._seat
         fitting = [seat for seat in seats if seat.version == wire.CATALOGUE_VERSION]
-        return min(fitting, key=lambda s: (s.node != self._node, s.name, s.epoch), default=None)
+        return min(
+            fitting,
+            key=lambda s: (s.node != self._node, s == self._silent, s.name, s.epoch),
+            default=None,
+        )
 
-    def _enter(self, seat: Seat) -> None:
-        self._seat = seat
+    @property
+    def _silent(self) -> Seat | None:
+        """The seat that we are connected to and that has had time to answer."""
+        return self._seat if self._now() - self._entered_at > SILENCE_S else None
+
+    def _greet(self) -> None:
+        if self._socket is None:
+            return
+        if self._now() - max(self._heard_at, self._entered_at) > CONNECT_AGAIN_S:
+            self._reconnect()
+        self.tell(wire.Hello(self._ingress))
+
+    def _reconnect(self) -> None:
+        seat = self._seat
+        self._leave()
+        self._enter(seat)
+
+    def _enter(self, seat: Seat | None) -> None:
+        if seat is None:
+            return
+        self._seat, self._entered_at = seat, self._now()
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.SNDHWM, _BACKLOG)
         self._socket.setsockopt(zmq.LINGER, 0)
         curve.unlock(self._socket, self._keys)
         self._socket.connect(seat.address)
         self._receiving = asyncio.create_task(self._receive(self._socket))
-        for message in self._standing.values():
-            self.tell(message)
+        self.tell(wire.Hello(self._ingress))
 
     def _leave(self) -> None:
         if self._socket is not None and self._receiving is not None:
@@ -166,9 +200,16 @@ class CatalogueLine:
                 logger.warning("message dropped: %s", error)
                 continue
             self._heard_at = self._now()
-            if isinstance(reply, wire.Beat):
+            self._take(reply)
+
+    def _take(self, reply: wire.Reply) -> None:
+        match reply:
+            case wire.Beat():
                 self.beat = reply
-                continue
-            answer = self._waiting.get(reply.number)
-            if answer is not None and not answer.done():
-                answer.set_result(reply)
+            case wire.Tell():
+                for message in list(self._standing.values()):
+                    self.tell(message)
+            case wire.Answer(number=number) | wire.Stands(number=number):
+                answer = self._waiting.get(number)
+                if answer is not None and not answer.done():
+                    answer.set_result(reply)

@@ -20,6 +20,7 @@ class SharedLedger:
         reply = await self._line.ask(lambda number: wire.Enter(number, tenant, limits, request_id))
         if not isinstance(reply, wire.Stands):
             standing = await self._own.enter(tenant, limits, request_id)
+            self._line.tell(wire.Held(tenant, limits, request_id))
         elif reply.standing.refused is not None:
             raise RateLimitError(tenant, reply.standing)
         else:

@@ -12,7 +12,8 @@ from router.roster import Directory, Roster
 from workers.messages import Blocks, Inbox, Link, Replica
 
 _SWEEP_EVERY_S = 0.25
-_SWEEP_SHARDS = 16
+_SWEEP_SHARDS = 4
+_LAG_WINDOW_S = 15.0
 
 # (a replica, where its replies go) to a link that follows its blocks.
 Connect = Callable[[Replica, Inbox], Link]
@@ -25,7 +26,8 @@ class CatalogueNode:
         self._connect, self._now = connect, now
         self.holdings = Holdings()
         self.roster = Roster(directory, self, now)
-        self._lag_s = 0.0
+        # Of this window and the one before, so that no reader misses the worst.
+        self._lags_s, self._window_at = (0.0, 0.0), now()
 
     async def watch(self) -> None:
         """Until cancelled: follow who is there, and sweep what was forgotten."""
@@ -57,11 +59,13 @@ class CatalogueNode:
     def _follow(self, member: Member, blocks: Blocks) -> None:
         self.holdings.follow(member.replica.epoch, blocks)
         if blocks.at_s and not blocks.snapshot:
-            self._lag_s = max(self._lag_s, time.time() - blocks.at_s)
+            before_s, worst_s = self._lags_s
+            self._lags_s = before_s, max(worst_s, time.time() - blocks.at_s)
 
     def beat(self) -> wire.Beat:
         """What to tell ingresses now."""
-        lag_s, self._lag_s = self._lag_s, 0.0
+        if self._now() - self._window_at > _LAG_WINDOW_S:
+            self._lags_s, self._window_at = (self._lags_s[1], 0.0), self._now()
         epochs = [member.replica.epoch for member in self.roster.members()]
         blocks = {epoch: self.holdings.blocks(epoch) for epoch in epochs}
-        return wire.Beat(os.getpid(), blocks, lag_s)
+        return wire.Beat(os.getpid(), blocks, max(self._lags_s))

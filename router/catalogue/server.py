@@ -1,9 +1,9 @@
 """A catalogue's end of its lines: ZMQ ROUTER in front of the holdings and the accounts."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import zmq
 import zmq.asyncio
@@ -44,6 +44,7 @@ class CatalogueServer:
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
         self._heard: dict[bytes, float] = {}
+        self._last = beat()
 
     async def serve(self) -> None:
         """Until cancelled."""
@@ -67,13 +68,18 @@ class CatalogueServer:
             except WireError as error:
                 logger.warning("message dropped: %s", error)
                 continue
+            if identity not in self._heard:
+                self._send(identity, wire.Tell())
+                self._send(identity, self._last)
             self._heard[identity] = self._now()
             self._handle(identity, question)
+            # Messages that are there already do not give the loop a turn.
+            await asyncio.sleep(0)
 
     def _handle(self, identity: bytes, question: wire.Question) -> None:
         match question:
             case wire.Hello():
-                self._send(identity, self._beat())
+                pass  # that it was heard is all
             case wire.Look(number=number, keys=keys):
                 found = self._holdings.look(identity.hex(), split_keys(keys))
                 self._send(identity, wire.Answer(number, found))
@@ -93,9 +99,9 @@ class CatalogueServer:
         while True:
             await asyncio.sleep(BEAT_S)
             self._drop_silent()
-            beat = self._beat()
+            self._last = self._beat()
             for identity in self._heard:
-                self._send(identity, beat)
+                self._send(identity, self._last)
 
     def _drop_silent(self) -> None:
         for identity, heard_at in list(self._heard.items()):
@@ -105,6 +111,11 @@ class CatalogueServer:
                 self._accounts.lose(identity.hex())
 
     def _send(self, identity: bytes, message: wire.Reply) -> None:
-        # A full queue is an ingress that does not read: it plans without us and is told again.
-        with contextlib.suppress(zmq.Again):
-            self._socket.send_multipart([identity, wire.encode(message)], zmq.NOBLOCK)
+        sending = self._socket.send_multipart([identity, wire.encode(message)], zmq.NOBLOCK)
+        cast("asyncio.Future[object]", sending).add_done_callback(_unread)
+
+
+def _unread(sending: "asyncio.Future[object]") -> None:
+    # A full queue is an ingress that does not read: it plans without us and is told again.
+    if not sending.cancelled():
+        sending.exception()

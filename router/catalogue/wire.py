@@ -128,11 +128,15 @@ Question = Hello | Look | Expect | Met | Enter | Held | Leave
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
     """Sent four times a second: blocks that it knows of each replica, by epoch, and how old the
-    oldest change was when it took it in, since the beat before."""
+    oldest change of the last quarter to half minute was when it took it in."""
 
     pid: int = 0
     blocks: dict[str, int] = {}
     lag_s: float = 0.0
+
+
+class Tell(msgspec.Struct, frozen=True, tag="tell"):
+    """To an ingress that is not known, or was dropped: say what it expects and what it holds."""
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
@@ -149,7 +153,7 @@ class Stands(msgspec.Struct, frozen=True, tag="stands"):
     standing: Standing
 
 
-Reply = Beat | Answer | Stands
+Reply = Beat | Tell | Answer | Stands
 
 _encoder = msgspec.msgpack.Encoder()
 _questions = msgspec.msgpack.Decoder(Question)

@@ -124,7 +124,7 @@ def test_a_shadow_plans_beside_every_request(steered: Cluster) -> None:
         ({}, "[", 400, "least_loaded"),
         ({}, '{"policy": null}', 400, "least_loaded"),
         ({"content-type": "text/plain"}, "{}", 415, "application/json"),
-        ({"origin": "http://example.com"}, "{}", 403, "http://example.com"),
+        ({"origin": "http://example.com"}, "{}", 403, "browser"),
         ({"host": "rebound.example.com"}, "{}", 403, "rebound.example.com"),
     ],
 )

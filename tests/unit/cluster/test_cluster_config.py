@@ -67,6 +67,7 @@ def test_options_of_the_command_line_come_last(tmp_path: Path) -> None:
         ("a: [", "YAML"),
         ("host: 0.0.0.0", "no address"),
         ('host: "::"', "no address"),
+        ("catalogue: {replicas: 2}", "1 node"),
         ("router: {policy: fastest}", "router.policy"),
         ("router: {policy: null}", "router.policy"),
         ("router: {shadow: fastest}", "router.shadow"),

@@ -12,7 +12,7 @@ import zmq.asyncio
 from router.catalogue.client import CatalogueLine
 from router.catalogue.holdings import Holdings
 from router.catalogue.ledger import SharedLedger
-from router.catalogue.server import CatalogueServer
+from router.catalogue.server import SILENCE_S, CatalogueServer
 from router.catalogue.wire import Beat, Expect, Seat, Taken
 from router.errors import RateLimitError
 from router.limits import Limits
@@ -95,7 +95,7 @@ async def test_two_lines_see_each_other_s_expectations() -> None:
             other.expect(Expect("1", "b", 64, KEY))
             other.expect(Expect("2", "b", 32))
             other.met("2")
-            await asyncio.sleep(0.05)
+            assert await other.look(KEY) is not None  # in order: it was heard
             found = await one.look(KEY)
             assert found is not None
             assert found.depths == {"a": 1, "b": 1}
@@ -165,9 +165,11 @@ async def test_another_cluster_s_ingress_gets_nothing() -> None:
         now = asyncio.get_running_loop().time
         stranger = CatalogueLine(Seats([here.seat]), "x", "here", client_keys(b"t" * 32), now)
         task = asyncio.create_task(stranger.watch())
-        await asyncio.sleep(1.0)
-        assert not stranger.up
-        assert not here.server.ingresses()
+        async with line(Seats([here.seat])) as known:
+            await until(lambda: known.up, "who has the keys to be heard")
+            await asyncio.sleep(1.0)
+            assert not stranger.up
+            assert len(here.server.ingresses()) == 1
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -205,7 +207,7 @@ async def test_two_ingresses_hold_a_tenant_to_one_limit() -> None:
             ledger.leave("acme", LIMITS, "c", 0)
             assert refused.value.standing.refused == "requests"
         first.leave("acme", LIMITS, "a", 7000)
-        await asyncio.sleep(0.05)
+        assert await one.look(KEY) is not None  # in order: it was heard
         with pytest.raises(RateLimitError) as refused:
             await second.enter("acme", LIMITS, "d")
         assert refused.value.standing.refused == "tokens"
@@ -244,5 +246,67 @@ async def test_without_a_catalogue_an_ingress_counts_for_itself() -> None:
             with pytest.raises(RateLimitError):
                 await SharedLedger(other, now).enter("acme", LIMITS, "d")
             ledger.leave("acme", LIMITS, "a", 10)
-            await asyncio.sleep(0.05)
+            assert await one.look(KEY) is not None
             await SharedLedger(other, now).enter("acme", LIMITS, "d")
+
+
+@dataclass(slots=True)
+class HangingSeats(Seats):
+    """A directory that answers once and then never again."""
+
+    asked: int = 0
+
+    async def catalogues(self) -> Sequence[Seat]:
+        self.asked += 1
+        if self.asked > 1:
+            await asyncio.Event().wait()
+        return self.announced
+
+
+async def test_a_directory_that_hangs_does_not_silence_the_line() -> None:
+    """An ingress with nothing to ask is still known, and so is what it holds."""
+    now = asyncio.get_running_loop().time
+    async with catalogue() as here, line(HangingSeats([here.seat])) as asking:
+        await until(lambda: asking.up, "an answer")
+        await SharedLedger(asking, now).enter("acme", LIMITS, "a")
+        await asyncio.sleep(SILENCE_S + 1.0)
+        assert asking.up
+        async with line(Seats([here.seat]), "ingress-1") as other:
+            await until(lambda: other.up, "another line")
+            standing = await SharedLedger(other, now).enter("acme", LIMITS, "b")
+            assert standing.in_flight == 2
+
+
+async def test_a_catalogue_that_dropped_an_ingress_is_told_anew() -> None:
+    """What was in flight while nothing was heard is counted and debited when it is heard again."""
+    now = asyncio.get_running_loop().time
+    async with catalogue() as here, line(Seats([here.seat])) as asking:
+        await until(lambda: asking.up, "an answer")
+        ledger = SharedLedger(asking, now)
+        await ledger.enter("acme", LIMITS, "a")
+        asking.expect(Expect("1", "b", 64, KEY))
+        asking._reconnect()  # as after a broken connection: another identity
+        await until(lambda: len(here.server.ingresses()) == 2, "the new connection")
+        async with line(Seats([here.seat]), "ingress-1") as other:
+            await until(lambda: other.up, "another line")
+            await until(lambda: len(here.server.ingresses()) == 2, "the old one to be dropped")
+            found = await other.look(KEY)
+            assert found is not None
+            assert found.taken == {"b": Taken(1, 1, 64)}
+            standing = await SharedLedger(other, now).enter("acme", LIMITS, "b")
+            assert standing.in_flight == 2
+            ledger.leave("acme", LIMITS, "a", 7000)
+            assert await asking.look(KEY) is not None
+            with pytest.raises(RateLimitError) as refused:
+                await SharedLedger(other, now).enter("acme", LIMITS, "c")
+            assert refused.value.standing.refused == "tokens"
+
+
+async def test_a_dead_catalogue_s_record_does_not_win_over_the_living() -> None:
+    """A record outlives its process; the one that fell silent is tried last."""
+    dead = Seat("catalogue-0", "0dead", "tcp://127.0.0.1:9", "here")
+    async with catalogue("9live") as live:
+        living = Seat("catalogue-0", "9live", live.seat.address, "here")
+        async with line(Seats([dead, living])) as asking:
+            await until(lambda: asking.up, "the living one")
+            assert list(live.server.ingresses())

@@ -23,7 +23,7 @@ async def ask(headers: dict[str, str], body: bytes = b'{"tenant": "acme"}') -> h
         return JSONResponse({"did": wish.tenant})
 
     app = Starlette(
-        routes=[Route("/admin/wish", changing(Wish, carry_out, False), methods=["POST"])]
+        routes=[Route("/admin/wish", changing(Wish, carry_out, False, "{}"), methods=["POST"])]
     )
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://cluster") as client:

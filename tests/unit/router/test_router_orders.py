@@ -20,7 +20,7 @@ from router.fleet import Fleet
 from router.metrics import PolicyMetrics
 from router.orders import FOLLOW_EVERY_S, Change, InForce, Order
 from router.policy import Policy
-from router.policy_admin import PolicyAdmin
+from router.policy_admin import EXAMPLE, PolicyAdmin
 from router.salt import Salter
 from router.shadow import Shadow
 
@@ -133,7 +133,7 @@ def store() -> Store:
 def ask(store: Store) -> Ask:
     """Sends an order to an ingress's endpoints; keywords are headers."""
     admin = PolicyAdmin(InForce(CONFIGURED, store), Shadow())
-    methods = {"GET": admin.policy, "POST": changing(Change, admin.order, open_to_all=True)}
+    methods = {"GET": admin.policy, "POST": changing(Change, admin.order, True, EXAMPLE)}
     app = Starlette(
         routes=[Route("/admin/policy", each, methods=[name]) for name, each in methods.items()]
     )

@@ -322,7 +322,7 @@ async def test_after_standing_still_nothing_old_is_begun(
     connection is served."""
     pair.link.send(SUBMIT)
     await until(lambda: pair.engine.added)
-    monkeypatch.setattr(server, "SILENCE_S", 0.2)
+    monkeypatch.setattr(server, "_LAPSE_S", 0.2)
     pair.link.send(msgspec.structs.replace(SUBMIT, request_id="late"))
     time.sleep(0.4)  # noqa: ASYNC251 as SIGSTOP would do
     await until(lambda: pair.engine.aborted == ["r1"])
