@@ -1,6 +1,7 @@
 """Clusters whose processes are killed and stopped."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tests.fault.faults import LEASE_S, LONG, LONG_ANSWER, SHORT, SHORT_ANSWER, 
 from tests.flow.cluster_process import Cluster, running
 from tests.flow.plain_engine import greedy
 from tests.tiny_model import TinySpec, cached_tiny_model
+
+Started = AbstractContextManager[Cluster]
 
 # 16 KiB of KV a token: a transfer takes long enough to be caught half way.
 FAT = TinySpec(heads=16, kv_heads=16, head_dim=64)
@@ -44,25 +47,59 @@ def truth(model: Path) -> dict[str, list[int]]:
     return dict(zip(("long", "short"), greedy(model, asked), strict=True))
 
 
+class Stage:
+    """One cluster at a time: modules that want the same one share it, another one ends it."""
+
+    def __init__(self) -> None:
+        self._ending = ExitStack()
+        self._name, self._shown = "", None
+
+    def show(self, name: str, start: Callable[[], Started]) -> tuple[Cluster, Books]:
+        """The cluster of this name, started if it does not run, with its books at rest."""
+        if self._shown is None or name != self._name:
+            self.clear()
+            cluster = self._ending.enter_context(start())
+            self._name, self._shown = name, (cluster, Books.of(cluster))
+        return self._shown
+
+    def clear(self) -> None:
+        """End what runs."""
+        self._shown = None
+        self._ending.close()
+
+
 @pytest.fixture(scope="package")
+def stage() -> Iterator[Stage]:
+    made = Stage()
+    yield made
+    made.clear()
+
+
+@pytest.fixture(scope="module")
 def shared_pools(
+    stage: Stage,
     tmp_path_factory: pytest.TempPathFactory,
     model: Path,
     truth: dict[str, list[int]],
     free_port: Callable[[], int],
-) -> Iterator[tuple[Cluster, Books]]:
-    """Two prefill and two decode replicas, all met, and their books at rest."""
-    tmp = tmp_path_factory.mktemp("pools")
-    (tmp / "tcp.yaml").write_text(CONFIG)
-    words = ("--prefill", "2", "--decode", "2", "--model", str(model))
-    words += ("--config", str(tmp / "tcp.yaml"))
-    with running(tmp, model.parent, free_port(), *words) as cluster:
-        for role in ("prefill", "decode"):
-            cluster.await_back(role, 2, (), pairs=2)
-        assert ask_long(cluster, "first").done().tokens == truth["long"]
-        assert ask_short(cluster, "first").done().tokens == truth["short"]
-        cluster.await_rest()
-        yield cluster, Books.of(cluster)
+) -> tuple[Cluster, Books]:
+    """Two prefill and two decode replicas, all met."""
+
+    @contextmanager
+    def start() -> Iterator[Cluster]:
+        tmp = tmp_path_factory.mktemp("pools")
+        (tmp / "tcp.yaml").write_text(CONFIG)
+        words = ("--prefill", "2", "--decode", "2", "--model", str(model))
+        words += ("--config", str(tmp / "tcp.yaml"))
+        with running(tmp, model.parent, free_port(), *words) as cluster:
+            for role in ("prefill", "decode"):
+                cluster.await_back(role, 2, (), pairs=2)
+            assert ask_long(cluster, "first").done().tokens == truth["long"]
+            assert ask_short(cluster, "first").done().tokens == truth["short"]
+            cluster.await_rest()
+            yield cluster
+
+    return stage.show("pools", start)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from tests.fault.books import Books, ingresses
+from tests.fault.conftest import Stage
 from tests.fault.faults import KINDS, Kind, await_that, struck
 from tests.flow.cluster_process import Cluster, running
 from tests.flow.stream import Stream
@@ -19,18 +20,26 @@ ABORTED_S = 14.0
 
 @pytest.fixture(scope="module")
 def shared_pair(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, free_port: Callable[[], int]
-) -> Iterator[tuple[Cluster, Books]]:
+    stage: Stage,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    free_port: Callable[[], int],
+) -> tuple[Cluster, Books]:
     """Two ingresses before one decode replica."""
-    tmp = tmp_path_factory.mktemp("pair")
-    (tmp / "two.yaml").write_text("ingress: {replicas: 2}\n")
-    words = ("--prefill", "0", "--model", str(tiny_model), "--config", str(tmp / "two.yaml"))
-    memory = ("--engine-arg", "kv_cache_memory_bytes=134217728")
-    with running(tmp, tiny_model.parent, free_port(), *words, *memory) as cluster:
-        await_that(lambda: len(ingresses(cluster)) == 2, "both ingresses listen", 60)
-        _each_serves(cluster)
-        cluster.await_rest()
-        yield cluster, Books.of(cluster)
+
+    @contextlib.contextmanager
+    def start() -> Iterator[Cluster]:
+        tmp = tmp_path_factory.mktemp("pair")
+        (tmp / "two.yaml").write_text("ingress: {replicas: 2}\n")
+        words = ("--prefill", "0", "--model", str(tiny_model), "--config", str(tmp / "two.yaml"))
+        memory = ("--engine-arg", "kv_cache_memory_bytes=134217728")
+        with running(tmp, tiny_model.parent, free_port(), *words, *memory) as cluster:
+            await_that(lambda: len(ingresses(cluster)) == 2, "both ingresses listen", 60)
+            _each_serves(cluster)
+            cluster.await_rest()
+            yield cluster
+
+    return stage.show("pair", start)
 
 
 @pytest.fixture
