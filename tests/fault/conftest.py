@@ -1,18 +1,17 @@
 """Clusters whose processes are killed and stopped."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.fault.books import Books
 from tests.fault.faults import LEASE_S, LONG, LONG_ANSWER, SHORT, SHORT_ANSWER, ask_long, ask_short
+from tests.fault.stage import Stage
 from tests.flow.cluster_process import Cluster, running
 from tests.flow.plain_engine import greedy
 from tests.tiny_model import TinySpec, cached_tiny_model
-
-Started = AbstractContextManager[Cluster]
 
 # 16 KiB of KV a token: a transfer takes long enough to be caught half way.
 FAT = TinySpec(heads=16, kv_heads=16, head_dim=64)
@@ -45,27 +44,6 @@ def truth(model: Path) -> dict[str, list[int]]:
     """What one plain engine answers to the long and the short prompt."""
     asked = [{"ids": LONG, "n": LONG_ANSWER}, {"ids": SHORT, "n": SHORT_ANSWER}]
     return dict(zip(("long", "short"), greedy(model, asked), strict=True))
-
-
-class Stage:
-    """One cluster at a time: modules that want the same one share it, another one ends it."""
-
-    def __init__(self) -> None:
-        self._ending = ExitStack()
-        self._name, self._shown = "", None
-
-    def show(self, name: str, start: Callable[[], Started]) -> tuple[Cluster, Books]:
-        """The cluster of this name, started if it does not run, with its books at rest."""
-        if self._shown is None or name != self._name:
-            self.clear()
-            cluster = self._ending.enter_context(start())
-            self._name, self._shown = name, (cluster, Books.of(cluster))
-        return self._shown
-
-    def clear(self) -> None:
-        """End what runs."""
-        self._shown = None
-        self._ending.close()
 
 
 @pytest.fixture(scope="package")

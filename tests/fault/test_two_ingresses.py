@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 from tests.fault.books import Books, ingresses
-from tests.fault.conftest import Stage
 from tests.fault.faults import KINDS, Kind, await_that, struck
+from tests.fault.stage import Stage
 from tests.flow.cluster_process import Cluster, running
 from tests.flow.stream import Stream
 
