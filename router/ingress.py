@@ -97,6 +97,7 @@ class Ingress:
         await self._in_force.look()
         with _listening(self._settings.host, self._settings.port) as sock:
             server = _server(app, self._settings)
+            self._state.server = server  # vLLM's handlers of errors look there
             serving = asyncio.create_task(server.serve(sockets=[sock]))
             watching = asyncio.create_task(self._watch())
             following = asyncio.create_task(self._in_force.follow())
@@ -120,6 +121,7 @@ class Ingress:
 
     async def _app(self) -> App:
         vllm_app = build_app(self._args, ("generate",), self._client.model_config)
+        self._state = vllm_app.state
         await init_app_state(self._client, vllm_app.state, self._args, ("generate",))
         settings = self._settings
         ledger = SharedLedger(self._line, asyncio.get_running_loop().time)

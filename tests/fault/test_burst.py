@@ -13,6 +13,7 @@ import pytest
 from openai import OpenAI, RateLimitError
 
 from router.access import digest
+from tests.fault.stage import Stage
 from tests.flow.cluster_process import Cluster, start
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_model]
@@ -23,8 +24,12 @@ TENANTS = {"few": "{max_requests: 4}", "slow": "{tokens_per_minute: 60}"}
 
 @pytest.fixture(scope="module")
 def shared(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, free_port: Callable[[], int]
+    stage: Stage,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    free_port: Callable[[], int],
 ) -> Iterator[Cluster]:
+    stage.clear()
     tmp = tmp_path_factory.mktemp("burst")
     keys, config = tmp / "keys.yaml", tmp / "config.yaml"
     lines = [f"  - {{sha256: {digest(name)}, tenant: {name}}}" for name in ("free", *TENANTS)]

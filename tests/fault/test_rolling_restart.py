@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.fault.stage import Stage
 from tests.flow.cluster_process import Cluster, running
 
 pytestmark = pytest.mark.real_model
@@ -16,9 +17,13 @@ pytestmark = pytest.mark.real_model
 
 @pytest.fixture(scope="module")
 def pools(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, free_port: Callable[[], int]
+    stage: Stage,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    free_port: Callable[[], int],
 ) -> Iterator[Cluster]:
     """One prefill and one decode replica of the tiny model."""
+    stage.clear()
     memory = ("--engine-arg", "kv_cache_memory_bytes=134217728")
     tmp = tmp_path_factory.mktemp("rolling")
     words = ("--model", str(tiny_model), *memory)
