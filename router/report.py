@@ -61,6 +61,8 @@ def decision_row(record: Record) -> dict[str, Any]:
         "generated_tokens": record.generated_tokens,
         "outcome": record.outcome if record.ended_at is not None else "running",
         "plan": plan.header(),
+        "prefill": plan.prefill,
+        "decode": plan.decode,
         "plans": len(record.plans),
         "shadow": None if record.shadow is None else _shadow(record.shadow),
         "predicted_ttft_s": round(plan.predicted_ttft_s, 6),

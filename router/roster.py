@@ -51,6 +51,7 @@ class Roster:
     def __init__(self, directory: Directory, keeper: Keeper, now: Callable[[], float]) -> None:
         self._directory, self._keeper, self._now = directory, keeper, now
         self._members: dict[str, Member] = {}
+        self._looked_at = now()
 
     @property
     def by_name(self) -> Mapping[str, Member]:
@@ -59,6 +60,7 @@ class Roster:
 
     async def watch(self) -> None:
         """Until cancelled: follow the directory, notice silence."""
+        self._looked_at = self._now()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch_directory())
             while True:
@@ -131,12 +133,22 @@ class Roster:
         self._keeper.gone(member)
 
     def _notice_silence(self) -> None:
+        self._forgive(self._now() - self._looked_at - _WATCH_EVERY_S)
+        self._looked_at = self._now()
         for member in list(self._members.values()):
             silent_s = self._now() - member.heard_at
             if silent_s > (SILENCE_S if member.up else _CONNECT_AGAIN_S):
                 logger.warning("%s silent for %.1f s", member.name, silent_s)
                 member.lose(f"silent for {silent_s:.1f} s")
                 self._reconnect(member)
+
+    def _forgive(self, late_s: float) -> None:
+        """While this process itself stood still it could hear nobody: what they said lies in
+        their queues."""
+        if late_s > _WATCH_EVERY_S:
+            logger.warning("stood still for %.1f s", late_s)
+            for member in self._members.values():
+                member.heard_at = min(member.heard_at + late_s, self._now())
 
     def _reconnect(self, member: Member) -> None:
         # A replica that only hung welcomes nobody twice; a new connection is welcomed, and what

@@ -65,17 +65,9 @@ def decision(cluster: Cluster, stream: Stream) -> dict[str, Any]:
 
 
 def pair(cluster: Cluster, record: dict[str, Any]) -> tuple[str, str]:
-    """Who serves a request that was planned remote: all candidates but one are its rivals."""
+    """Who serves a request that was planned remote."""
     assert record["plan"].startswith("remote"), record["plan"]
-    lost = {(r["prefill"], r["decode"]) for r in record["rivals"]}
-    candidates = {
-        (p["name"], d["name"])
-        for p in cluster.pool("prefill")
-        for d in cluster.pool("decode")
-        if p["state"] == d["state"] == "up"
-    }
-    (chosen,) = candidates - lost
-    return chosen
+    return record["prefill"], record["decode"]
 
 
 def decodes(cluster: Cluster, stream: Stream) -> str:

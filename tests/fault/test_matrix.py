@@ -98,9 +98,10 @@ def test_prefill_replica_after_its_work(pools: Cluster, truth: Truth, kind: Kind
 def _unread(pools: Cluster, kind: Kind) -> tuple[Stream, dict[str, Any], ExitStack]:
     """A stream, the replica on which its blocks lie ready, and what to close so that they are
     read: the decode replicas are stopped, for less than the 3 s after which they were lost."""
-    for attempt in range(6):
+    for attempt in range(16):
         stream = ask_long(pools, f"P-after-{kind}-{attempt}")
-        await_that(lambda: any(0 < left <= 1800 for left in _left(pools)), "half is computed")
+        while stream.is_alive() and not any(0 < left <= 1800 for left in _left(pools)):
+            time.sleep(0.005)
         waiting = ExitStack()
         waiting.enter_context(struck("stop", *(r["pid"] for r in pools.pool("decode"))))
         deadline = time.monotonic() + 1.8

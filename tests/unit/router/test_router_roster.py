@@ -65,3 +65,28 @@ async def test_one_that_is_announced_and_never_answers_is_tried_again() -> None:
     assert len(keeper.made) == 3
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_time_in_which_nobody_could_be_heard_is_no_silence() -> None:
+    """A process that stood still for longer than the silence that it forgives others finds their
+    words in its queues: nobody is lost for it."""
+    keeper, clock = Keeper(), [0.0]
+    roster = Roster(keeper, keeper, lambda: clock[0])
+    watching = asyncio.create_task(roster.watch())
+
+    async def pass_s(seconds: float) -> None:
+        for _ in range(int(seconds / 0.25)):
+            clock[0] += 0.25
+            await asyncio.sleep(0.25)
+
+    await pass_s(2.0)
+    member = keeper.made[0]
+    member._now = lambda: clock[0]
+    member.receive(Welcome(REPLICA))
+    clock[0] += 60.0  # nothing ran meanwhile
+    await pass_s(2.5)
+    assert member.up
+    await pass_s(2.0)
+    assert not member.up
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
