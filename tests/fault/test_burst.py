@@ -67,7 +67,7 @@ class Outcome:
             return False
         if "text/event-stream" not in self.reply.headers["content-type"]:
             return bool(self.reply.json()["usage"]["completion_tokens"])
-        return self.reply.text.rstrip().endswith("[DONE]") and '"error"' not in self.reply.text
+        return self.reply.text.rstrip().endswith("[DONE]") and '"error":' not in self.reply.text
 
 
 def _body(max_tokens: int, **fields: Any) -> dict[str, Any]:
