@@ -18,6 +18,7 @@ from router.warm import Pairs
 from workers.messages import Blocks, Link, Replica, Role, Submit, Totals
 
 _WARM_EVERY_S = 0.25
+_LOOK_EVERY_S = 0.05
 
 
 class Fleet:
@@ -69,6 +70,13 @@ class Fleet:
     def up(self, role: Role) -> tuple[Member, ...]:
         """All replicas of a pool that answer, by name."""
         return self.roster.up(role)
+
+    async def anybody(self, role: Role, within_s: float) -> bool:
+        """Whether a replica of a pool answers, now or soon."""
+        until = self._now() + within_s
+        while not self.up(role) and self._now() < until:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_EVERY_S)
+        return bool(self.up(role))
 
     def cached_blocks(self, member: Member) -> int:
         """Blocks that a replica's paged KV holds, by the catalogue's last beat."""

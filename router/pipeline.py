@@ -21,6 +21,8 @@ from workers.messages import Delta, Role
 
 # Replicas may fail under a request; after this many plans it is the request that is at fault.
 MAX_PLANS = 4
+# A replica that dropped us, or that we dropped, is back with its next probe; one that died is not.
+COMES_BACK_S = 5.0
 
 
 class Pipeline:
@@ -114,18 +116,18 @@ class Pipeline:
                 return
             except WorkerError as error:
                 request = request.behind(bytes(answered))
-                self._check_goes_on(request, number, error)
+                await self._check_goes_on(request, number, error)
             failed.add(attempt.replica)
             await self._replan(request, attempt, record, failed)
 
-    def _check_goes_on(self, request: Request, number: int, error: WorkerError) -> None:
+    async def _check_goes_on(self, request: Request, number: int, error: WorkerError) -> None:
         """Raise unless another plan may follow the one of this number, which `error` ended."""
         name = request.context.request_id
         if request.answered and request.uncarried is not None:
             raise RequestLostError(name, f"{error}; {request.uncarried} cannot be carried on")
         if number + 1 == MAX_PLANS:
             raise RequestLostError(name, f"{MAX_PLANS} plans failed, the last: {error}") from error
-        if not self._fleet.up(Role.DECODE):
+        if not await self._fleet.anybody(Role.DECODE, COMES_BACK_S):
             raise RequestLostError(name, f"{error}; no other replica is up") from error
 
     async def _replan(

@@ -553,3 +553,25 @@ async def test_turns_of_a_session_keep_to_one_decode_replica() -> None:
         assert all(len(replicas) == 1 for replicas in homes.values()), homes
         assert len(set.union(*homes.values())) > 1
         here.check()
+
+
+async def test_a_stream_waits_a_little_for_its_only_replica() -> None:
+    """Lost for a moment, with no other to go on at: the stream goes on where it stood once the
+    replica has answered a probe; one that stays away ends it with an error in some seconds."""
+    async with world(prefill=0, decode=1) as here:
+        asked = request("r", range(100), 200)
+        call = asyncio.create_task(here.ask(asked))
+        await asyncio.sleep(1.0)
+        here.engine("decode-0").hang()
+        await asyncio.sleep(5.0)
+        here.engine("decode-0").resume()
+        assert await call == answer(asked)
+        assert here.audit.records[-1].plans[-1].reason is Reason.DECODE_LOST
+        await here.quiet()
+        lost = asyncio.create_task(here.ask(request("lost", range(100), 200)))
+        await asyncio.sleep(1.0)
+        here.engine("decode-0").crash()
+        began = here.now()
+        with pytest.raises(RequestLostError, match="no other replica is up"):
+            await lost
+        assert here.now() - began < 10.0
