@@ -1,4 +1,4 @@
-"""What the cluster adds to one plain vLLM API server, and what its ingress costs.
+"""What the cluster adds to one plain vLLM API server.
 
 One decode engine behind one ingress against vLLM's own server over one engine: same model, engine
 options and environment. Prompts of 200 tokens are in the cache, so that an engine computes next to
@@ -7,15 +7,12 @@ stands still.
 """
 
 import asyncio
-import contextlib
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
-
-import psutil
 
 from benchmarks.serve import clusters, load
 from benchmarks.serve.clusters import Server
@@ -29,63 +26,52 @@ CONCURRENCY = 8
 _WORDS = 169
 _CACHED_TOKENS = 192
 _PROMPTS = 8
-_ANSWER_TOKENS = 64
-# One more ingress replica takes about so much memory.
-_INGRESS_BYTES = 1.2e9
+ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much is measured: requests of one block, alone and at concurrency 8, and its repeats."""
+    """Requests of one block, alone and at concurrency 8, and how many blocks each server gets."""
 
     alone: int
     together: int
     repeats: int
-    replicas: tuple[int, ...]
 
 
-FULL = Size(alone=5, together=16, repeats=7, replicas=(1, 2, 4))
-QUICK = Size(alone=4, together=16, repeats=1, replicas=(1,))
+FULL = Size(alone=5, together=16, repeats=8)
+QUICK = Size(alone=4, together=16, repeats=1)
 
 
 def measure(quick: bool) -> list[Row]:
     """Rows of this part; what was measured of this commit is not measured again."""
     store, size = Store("overhead", quick), QUICK if quick else FULL
-    with contextlib.ExitStack() as stack:
-        plain: list[Server] = []
-        for replicas in size.replicas:
-            repeats = size.repeats if replicas == 1 else max(1, size.repeats // 3)
-            if all(f"{name}-{replicas}-{n}" in store for name in _NAMES for n in range(repeats)):
-                continue
-            if replicas > 1 and psutil.virtual_memory().available < 6e9 + replicas * _INGRESS_BYTES:
-                print(f"    {replicas} ingress replicas left out: too little memory", flush=True)
-                continue
-            if not plain:
-                plain.append(stack.enter_context(clusters.plain(PORT_PLAIN, quick)))
-            _alternate(store, plain[0], replicas, repeats, quick)
+    if any(_key(name, n) not in store for name in NAMES for n in range(size.repeats)):
+        sections = {"prefill": {"replicas": 0}, "decode": {"replicas": 1}}
+        with (
+            clusters.plain(PORT_PLAIN, quick) as plain,
+            clusters.ours("ours", PORT_OURS, sections, quick) as ours,
+        ):
+            for number, server, name in in_turns(ours, plain, size.repeats):
+                store.get(_key(name, number), partial(block, server, size.alone, size.together))
     return _rows(store, size)
 
 
-_NAMES = ("ours", "plain")
+NAMES = ("ours", "plain")
 
 
-def _alternate(store: Store, plain: Server, replicas: int, repeats: int, quick: bool) -> None:
-    size = QUICK if quick else FULL
-    sections = {
-        "prefill": {"replicas": 0},
-        "decode": {"replicas": 1},
-        "ingress": {"replicas": replicas},
-    }
-    with clusters.ours(f"ours, {replicas} ingress", PORT_OURS, sections, quick) as ours:
-        for number in range(repeats):
-            turns = ((ours, plain, "ours"), (plain, ours, "plain"))
-            # First one, then the other: what drifts does not always meet the same.
-            for server, other, name in turns if number % 2 == 0 else turns[::-1]:
-                with other.paused():
-                    alone = size.alone if replicas == 1 else 0
-                    measured = partial(block, server, alone, size.together)
-                    store.get(f"{name}-{replicas}-{number}", measured)
-                other.rested()
+def _key(name: str, number: int) -> str:
+    return f"{name}-{number}"
+
+
+def in_turns(ours: Server, plain: Server, repeats: int) -> Iterator[tuple[int, Server, str]]:
+    """Each server in its turn, while the other one stands still. First one, then the other comes
+    first: what drifts does not always meet the same."""
+    for number in range(repeats):
+        turns = ((ours, plain, "ours"), (plain, ours, "plain"))
+        for server, other, name in turns if number % 2 == 0 else turns[::-1]:
+            with other.paused():
+                yield number, server, name
+            other.rested()
 
 
 def block(server: Server, alone: int, together: int) -> dict[str, Any]:
@@ -94,28 +80,40 @@ def block(server: Server, alone: int, together: int) -> dict[str, Any]:
 
 
 async def _block(server: Server, alone: int, together: int) -> dict[str, Any]:
-    rng = random.Random(200)
-    prompts = [words(rng, _WORDS) for _ in range(_PROMPTS)]
     async with load.client(server.url) as client:
-        # Twice: the second time finds every prompt in the cache, also behind other frontends.
-        warm = [_body(prompt, 4) for prompt in prompts]
-        await load.closed_loop(client, CHAT, warm, 1)
-        await load.closed_loop(client, CHAT, warm, CONCURRENCY)
-        done = {}
-        if alone:
-            done["alone"] = await _load(client, server, prompts, alone, 1)
-        done["together"] = await _load(client, server, prompts, together, CONCURRENCY)
-    return done
+        await warm(client)
+        return {
+            "alone": await loaded(client, server, alone, 1),
+            "together": await loaded(client, server, together, CONCURRENCY),
+        }
 
 
-async def _load(
-    client: load.Client, server: Server, prompts: Sequence[str], count: int, concurrency: int
+@cache
+def _prompts() -> list[str]:
+    rng = random.Random(200)
+    return [words(rng, _WORDS) for _ in range(_PROMPTS)]
+
+
+async def warm(client: load.Client) -> None:
+    """Bring every prompt into the engine's cache, and every connection into use."""
+    bodies = [_body(prompt, 4) for prompt in _prompts()]
+    await load.closed_loop(client, CHAT, bodies, 1)
+    await load.closed_loop(client, CHAT, bodies, CONCURRENCY)
+
+
+async def loaded(
+    client: load.Client, server: Server, count: int, concurrency: int
 ) -> dict[str, Any]:
-    bodies = [_body(prompts[n % len(prompts)], _ANSWER_TOKENS) for n in range(count)]
+    """`count` requests at a time of `concurrency`, and what they took of whom. Raises
+    `RuntimeError` when a prompt was not in the cache."""
+    prompts = _prompts()
+    bodies = [_body(prompts[n % len(prompts)], ANSWER_TOKENS) for n in range(count)]
     frontends, everyone = server.frontends(), server.processes()
     before = [clusters.cpu_s([each]) for each in frontends]
     everyone_s = clusters.cpu_s(everyone)
     done = await load.closed_loop(client, CHAT, bodies, concurrency)
+    frontends_s = [clusters.cpu_s([p]) - b for p, b in zip(frontends, before, strict=True)]
+    everyone_s = clusters.cpu_s(everyone) - everyone_s
     missed = [a.cached_tokens for a in done.answers if a.cached_tokens < _CACHED_TOKENS]
     if missed:
         raise RuntimeError(f"{server.name}: prompts not in the cache: {missed} tokens cached")
@@ -126,11 +124,8 @@ async def _load(
         "generated_tokens": done.generated_tokens,
         "ttft_s": [round(a.ttft_s, 5) for a in done.answers],
         "itl_s": [round(statistics.fmean(a.gaps_s), 6) for a in done.answers],
-        "gaps_s": [round(gap, 5) for a in done.answers for gap in a.gaps_s],
-        "frontends_cpu_s": [
-            clusters.cpu_s([each]) - b for each, b in zip(frontends, before, strict=True)
-        ],
-        "all_cpu_s": clusters.cpu_s(everyone) - everyone_s,
+        "frontends_cpu_s": frontends_s,
+        "all_cpu_s": everyone_s,
         "client_share": done.client_share,
     }
 
@@ -149,19 +144,18 @@ def _body(prompt: str, tokens: int) -> dict[str, Any]:
 
 
 def _rows(store: Store, size: Size) -> list[Row]:
-    ours, plain = _blocks(store, "ours", 1), _blocks(store, "plain", 1)
+    ours, plain = (
+        [store.kept(_key(name, number)) for number in range(size.repeats)] for name in NAMES
+    )
+    together = [[block["together"] for block in blocks] for blocks in (ours, plain)]
     return [
         *_latency(ours, plain, "alone", targets=True),
         *_latency(ours, plain, "together", targets=False),
-        *_throughput(ours, plain),
-        *[row for replicas in size.replicas for row in _ingress(store, replicas)],
-        _client(ours, plain),
+        *_throughput(*together),
+        cpu_row("CPU of the ingress per request, real engine", *together),
+        everyone_row("CPU of all processes, real engine", *together),
+        client_row(*together),
     ]
-
-
-def _blocks(store: Store, name: str, replicas: int) -> list[dict[str, Any]]:
-    keys = [f"{name}-{replicas}-{number}" for number in range(FULL.repeats)]
-    return [store.kept(key) for key in keys if key in store]
 
 
 def _latency(
@@ -191,7 +185,7 @@ def _latency(
 
 
 def _throughput(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list[Row]:
-    rates = [[_rate(block) for block in blocks] for blocks in (ours, plain)]
+    rates = [[rate(block) for block in blocks] for blocks in (ours, plain)]
     ratios = [a / b for a, b in zip(*rates, strict=True)]
     detail = (
         f"{spread(ratios)}; plain {statistics.median(rates[1]):.0f}, "
@@ -201,66 +195,42 @@ def _throughput(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list
     return [at_least(name, statistics.median(ratios), "x", 0.95, detail)]
 
 
-def _ingress(store: Store, replicas: int) -> list[Row]:
-    """CPU of the processes that take HTTP, and what the cluster gives, by ingress replicas."""
-    ours, plain = _blocks(store, "ours", replicas), _blocks(store, "plain", replicas)
-    if not ours:
-        return []
-    costs = [[_cpu_ms(block) for block in blocks] for blocks in (ours, plain)]
+def cpu_row(name: str, ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Row:
+    """CPU of the processes that take HTTP, against plain's."""
+    costs = [[cpu_ms(block) for block in blocks] for blocks in (ours, plain)]
     ratios = [a / b for a, b in zip(*costs, strict=True)]
-    name = f"CPU per request, {replicas} ingress against plain's API server"
+    per_s = statistics.median(block["requests"] / block["wall_s"] for block in ours)
     detail = (
-        f"{spread(ratios)}; plain {statistics.median(costs[1]):.1f}, "
-        f"ours {statistics.median(costs[0]):.1f} ms of CPU for {_ANSWER_TOKENS} tokens"
+        f"{spread(ratios)}; plain {statistics.median(costs[1]):.1f}, ours "
+        f"{statistics.median(costs[0]):.1f} ms for {ANSWER_TOKENS} tokens; {per_s:.1f} requests/s"
     )
-    value = statistics.median(ratios)
-    first = (
-        at_most(name, value, "x", 1.1, detail) if replicas == 1 else shown(name, value, "x", detail)
-    )
-    rates = [_rate(a) / _rate(b) for a, b in zip(ours, plain, strict=True)]
-    everyone = [
-        a["together"]["all_cpu_s"] / b["together"]["all_cpu_s"]
-        for a, b in zip(ours, plain, strict=True)
-    ]
-    counts = f"{replicas} ingress"
-    return [
-        first,
-        shown(
-            f"throughput, {counts}, against plain",
-            statistics.median(rates),
-            "x",
-            f"{spread(rates)}; share of the busiest ingress {_busiest(ours):.2f}",
-        ),
-        shown(
-            f"CPU of all processes, {counts}, against plain's",
-            statistics.median(everyone),
-            "x",
-            spread(everyone),
-        ),
-    ]
+    return at_most(f"{name}, against plain", statistics.median(ratios), "x", 1.1, detail)
 
 
-def _client(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Row:
-    shares = [block["together"]["client_share"] for block in (*ours, *plain)]
-    return shown("the load generator's own CPU", max(shares), "cores", spread(shares))
+def everyone_row(name: str, ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Row:
+    """CPU of all processes, engines and Ray included, against plain's."""
+    pairs = zip(ours, plain, strict=True)
+    ratios = [a["all_cpu_s"] / b["all_cpu_s"] for a, b in pairs]
+    return shown(f"{name}, against plain", statistics.median(ratios), "x", spread(ratios))
+
+
+def client_row(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Row:
+    shares = [block["client_share"] for block in (*ours, *plain)]
+    return shown("CPU of the load generator", max(shares), "cores", spread(shares))
+
+
+def rate(block: dict[str, Any]) -> float:
+    """Generated tokens a second."""
+    return float(block["generated_tokens"] / block["wall_s"])
+
+
+def cpu_ms(block: dict[str, Any]) -> float:
+    """CPU of the processes that take HTTP, a request."""
+    return 1000 * float(sum(block["frontends_cpu_s"])) / int(block["requests"])
 
 
 def _medians(blocks: list[dict[str, Any]], when: str, what: str) -> list[float]:
     return [statistics.median(block[when][what]) for block in blocks]
-
-
-def _rate(block: dict[str, Any]) -> float:
-    return float(block["together"]["generated_tokens"] / block["together"]["wall_s"])
-
-
-def _cpu_ms(block: dict[str, Any]) -> float:
-    loaded = block["together"]
-    return 1000 * float(sum(loaded["frontends_cpu_s"])) / int(loaded["requests"])
-
-
-def _busiest(blocks: list[dict[str, Any]]) -> float:
-    each = [block["together"]["frontends_cpu_s"] for block in blocks]
-    return float(statistics.median(max(shares) / sum(shares) for shares in each))
 
 
 def _ms(values_s: Sequence[float]) -> str:

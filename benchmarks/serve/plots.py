@@ -47,7 +47,7 @@ def _style(axes: Axes, title: str, across: str, up: str = "share") -> None:
 
 def _overhead(axes: Any, results: dict[str, Any]) -> None:
     for name in ("plain", "ours"):
-        blocks = [done for key, done in results.items() if key.startswith(f"{name}-1-")]
+        blocks = [done for key, done in results.items() if key.startswith(f"{name}-")]
         for panel, what in zip(axes, ("ttft_s", "itl_s"), strict=True):
             values = [value for block in blocks for value in block["alone"][what]]
             if values:

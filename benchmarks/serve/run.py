@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.serve import plots
 from benchmarks.serve.result import RESULTS, Row, Store, forget, write
 
-PARTS = ("overhead", "interference", "conversations", "decision", "staleness", "anchor")
+PARTS = ("overhead", "ingress", "interference", "conversations", "decision", "staleness", "anchor")
 # The anchor's own smoke run takes longer than the rest together: it is made when asked for.
 QUICK_PARTS = PARTS[:-1]
 
