@@ -204,8 +204,7 @@ def measure(quick: bool) -> list[Row]:
             [_at(r["lag_ms"], 0.99) for r in rounds],
             "ms",
             100.0,
-            f"{at}; "
-            "oldest change of each beat's window of 15 to 30 s, from the engine's report to the catalogue",
+            f"{at}; oldest change of each beat's window of 15 to 30 s, from report to catalogue",
         ),
         row(
             "look p50",
