@@ -5,13 +5,14 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tests.flow.cluster_process import Cluster
 from tests.flow.stream import Stream
+from tests.waiting import await_that
 
 Kind = Literal["kill", "stop"]
 KINDS: tuple[Kind, Kind] = ("kill", "stop")
@@ -41,15 +42,6 @@ def ask_long(cluster: Cluster, salt: str) -> Stream:
 
 def ask_short(cluster: Cluster, salt: str) -> Stream:
     return ask(cluster, SHORT, SHORT_ANSWER, salt)
-
-
-def await_that(holds: Callable[[], Any], what: str, timeout_s: float = 10.0) -> Any:
-    """What `holds` gives once it gives something true."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := holds()):
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.01)
-    return found
 
 
 def decision(cluster: Cluster, stream: Stream) -> dict[str, Any]:

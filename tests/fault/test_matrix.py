@@ -17,7 +17,6 @@ from tests.fault.faults import (
     Kind,
     ask_long,
     ask_short,
-    await_that,
     decision,
     decodes,
     half_way,
@@ -26,6 +25,7 @@ from tests.fault.faults import (
 )
 from tests.flow.cluster_process import Cluster
 from tests.flow.stream import Stream
+from tests.waiting import await_that
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 Truth = dict[str, list[int]]

@@ -22,13 +22,13 @@ from tests.fault.faults import (
     ask,
     ask_long,
     ask_short,
-    await_that,
     decision,
     half_way,
     pair,
     struck,
 )
 from tests.flow.cluster_process import Cluster
+from tests.waiting import await_that
 
 Truth = dict[str, list[int]]
 _PLANS, _BLIND = "breakeven_plan_total", 'reason="no_catalogue"'

@@ -1,7 +1,6 @@
 """Replicas that are replaced under load."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from tests.fault.stage import Stage
 from tests.flow.cluster_process import Cluster, running
+from tests.waiting import await_that
 
 pytestmark = pytest.mark.real_model
 
@@ -43,7 +43,11 @@ class _Client(threading.Thread):
 
     def run(self) -> None:
         while not self.enough.is_set():
-            answer = httpx.post(self._url, json=self._body(), timeout=120)
+            try:
+                answer = httpx.post(self._url, json=self._body(), timeout=120)
+            except httpx.HTTPError as error:
+                self.failures.append(repr(error))
+                return
             if answer.status_code != 200:
                 self.failures.append(f"{answer.status_code} {answer.text}")
                 return
@@ -62,13 +66,13 @@ def test_a_rolling_restart_of_both_pools_drops_no_stream(pools: Cluster) -> None
     clients = [_Client(pools.url, prompt) for prompt in prompts]
     for client in clients:
         client.start()
-    while not all(client.answers or client.failures for client in clients):
-        time.sleep(0.1)
+    await_that(lambda: all(each.answers or each.failures for each in clients), "all ask", 150)
     done = pools.command("restart")
     for client in clients:
         client.enough.set()
     for client in clients:
-        client.join(120)
+        client.join(150)
+        assert not client.is_alive()
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "done"
     after = {row["pid"] for row in pools.replicas().values() if row["state"] == "up"}

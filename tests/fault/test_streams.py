@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from tests.fault.faults import Kind, await_that, struck
+from tests.fault.faults import Kind, struck
 from tests.flow.cluster_process import Cluster
 from tests.flow.stream import Stream
+from tests.waiting import await_that
 
 ROUNDS: tuple[Kind, ...] = ("stop", "kill", "stop", "stop", "kill", "stop", "stop")
 AT_ONCE = 16

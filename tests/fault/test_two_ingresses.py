@@ -8,10 +8,11 @@ import psutil
 import pytest
 
 from tests.fault.books import Books, ingresses
-from tests.fault.faults import KINDS, Kind, await_that, struck
+from tests.fault.faults import KINDS, Kind, struck
 from tests.fault.stage import Stage
 from tests.flow.cluster_process import Cluster, running
 from tests.flow.stream import Stream
+from tests.waiting import await_that
 
 GENERATED = 2500
 # A replica takes an ingress for lost after 10 s of its silence.

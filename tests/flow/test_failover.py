@@ -13,6 +13,7 @@ import pytest
 
 from tests.flow.cluster_process import Cluster, running
 from tests.flow.stream import Stream
+from tests.waiting import await_that
 
 pytestmark = pytest.mark.real_model
 GENERATED = 300
@@ -29,9 +30,12 @@ def pools(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, free_port: Callable[[], int]
 ) -> Iterator[Cluster]:
     """One prefill and two decode replicas of the tiny model."""
-    words = ("--decode", "2", "--model", str(tiny_model))
-    memory = ("--engine-arg", "kv_cache_memory_bytes=134217728")
     tmp = tmp_path_factory.mktemp("pools")
+    config = tmp / "config.yaml"
+    # However the machine's start-up probes fall out, a long prompt goes to the prefill replica.
+    config.write_text("router: {assumed_streams: 1}\n")
+    words = ("--decode", "2", "--model", str(tiny_model), "--config", str(config))
+    memory = ("--engine-arg", "kv_cache_memory_bytes=134217728")
     with running(tmp, tiny_model.parent, free_port(), *words, *memory) as cluster:
         yield cluster
 
@@ -44,6 +48,16 @@ def _streams(cluster: Cluster) -> list[Stream]:
         for kind in KINDS
         for prompt in prompts
     ]
+
+
+def _await_middle(streams: list[Stream]) -> None:
+    """Return when the streams have some 40 tokens each and none of them has failed."""
+
+    def is_reached() -> bool:
+        assert [stream.error for stream in streams] == [None] * len(streams)
+        return sum(len(stream.tokens) for stream in streams) >= 40 * len(streams)
+
+    await_that(is_reached, "streams are under way", 60, every_s=0.005)
 
 
 def _kill_busiest(cluster: Cluster, role: str) -> int:
@@ -65,8 +79,7 @@ def test_streams_survive_the_death_of_their_decode_replica(pools: Cluster) -> No
     assert all(len(tokens) == GENERATED for tokens in truth)
     for _ in range(2):
         streams = _streams(pools)
-        while sum(len(stream.tokens) for stream in streams) < 40 * len(streams):
-            time.sleep(0.005)
+        _await_middle(streams)
         dead = _kill_busiest(pools, "decode")
         for stream in streams:
             stream.join(120)
@@ -88,8 +101,7 @@ def test_streams_leave_a_decode_replica_that_hangs(pools: Cluster) -> None:
         stream.join(120)
     truth = [stream.tokens for stream in undisturbed]
     streams = _streams(pools)
-    while sum(len(stream.tokens) for stream in streams) < 40 * len(streams):
-        time.sleep(0.005)
+    _await_middle(streams)
     rows = [r for r in pools.replicas().values() if r["role"] == "decode"]
     pid = max(rows, key=lambda row: int(row["running"]))["pid"]
     os.kill(pid, signal.SIGSTOP)
@@ -116,8 +128,7 @@ def test_requests_survive_the_death_of_the_prefill_replica(pools: Cluster) -> No
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, number) for number in range(8)]
-        while not pools.replicas()["prefill-0"]["running"]:
-            time.sleep(0.01)
+        await_that(lambda: pools.replicas()["prefill-0"]["running"], "prompts are computed", 20)
         dead = _kill_busiest(pools, "prefill")
         assert [each.result() for each in asked] == [200] * 8
     pools.await_back("prefill", 1, {dead})
@@ -129,10 +140,7 @@ def test_with_every_engine_gone_the_answer_is_503(pools: Cluster) -> None:
     dead = {row["pid"] for row in pools.replicas().values()}
     for pid in dead:
         os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while any(row["state"] == "up" for row in pools.replicas().values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    await_that(lambda: all(row["state"] != "up" for row in pools.replicas().values()), "none is up")
     for stream in (False, True):
         began = time.monotonic()
         body = {"model": "smollm2", "prompt": [1, 2, 3], "max_tokens": 2, "stream": stream}

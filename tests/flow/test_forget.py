@@ -14,6 +14,7 @@ import pytest
 
 from router.access import digest
 from tests.flow.cluster_process import Cluster, running
+from tests.waiting import await_that
 
 pytestmark = pytest.mark.real_model
 TENANTS = ("acme", "umbrella")
@@ -115,7 +116,9 @@ def test_a_running_stream_goes_on(cluster: Cluster) -> None:
                 tokens += json.loads(line[6:])["choices"][0]["token_ids"]
             if len(tokens) > 20 and forgotten.ident is None:
                 forgotten.start()
-    forgotten.join()
+    assert forgotten.ident is not None, "the stream ended at once"
+    forgotten.join(60)
+    assert not forgotten.is_alive()
     assert tokens == whole
     assert _ask(cluster, "acme", 3000, 400) == (0, whole)
 
@@ -152,8 +155,7 @@ def test_a_replica_that_does_not_answer_is_told(cluster: Cluster) -> None:
     pid = int(cluster.replicas()["prefill-0"]["pid"])
     os.kill(pid, signal.SIGSTOP)
     try:
-        while cluster.replicas()["prefill-0"]["state"] == "up":
-            time.sleep(0.2)
+        await_that(lambda: cluster.replicas()["prefill-0"]["state"] != "up", "it is missed", 20)
         done = cluster.command("forget", "--tenant", "acme")
     finally:
         os.kill(pid, signal.SIGCONT)
