@@ -5,7 +5,7 @@ import logging
 import random
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,9 +36,12 @@ from router.roster import Directory
 from router.salt import Salter
 from router.settings import IngressSettings
 from router.shadow import Shadow
-from workers.messages import Inbox, Link, Replica
+from workers.messages import Inbox, Link, Replica, Role
 
 logger = logging.getLogger(__name__)
+
+# An ingress that knows nobody yet listens after this all the same, to say so.
+_LISTENS_WITHIN_S = 5.0
 
 # (address of a replica, name of this ingress, where its replies go) to a link.
 Connect = Callable[[str, str, Inbox], Link]
@@ -95,24 +98,32 @@ class Ingress:
         freeze_start()
         # A restarted ingress serves nothing under an order that is over.
         await self._in_force.look()
+        background = [asyncio.create_task(self._watch())]
+        background.append(asyncio.create_task(self._in_force.follow()))
+        try:
+            # It may share its port with others: what came to it before would be refused.
+            await self.fleet.anybody(Role.DECODE, _LISTENS_WITHIN_S)
+            await self._listen(app, background)
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            self.fleet.close()
+
+    async def _listen(self, app: App, background: Sequence[asyncio.Task[None]]) -> None:
+        """Until cancelled, or a task ends on which all depends."""
         with _listening(self._settings.host, self._settings.port) as sock:
             server = _server(app, self._settings)
             self._state.server = server  # vLLM's handlers of errors look there
             serving = asyncio.create_task(server.serve(sockets=[sock]))
-            watching = asyncio.create_task(self._watch())
-            following = asyncio.create_task(self._in_force.follow())
             try:
-                tasks = {serving, watching, following}
+                tasks = {serving, *background}
                 ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in ended:
                     task.result()
             finally:
                 server.should_exit = True
                 await asyncio.gather(serving, return_exceptions=True)
-                watching.cancel()
-                following.cancel()
-                await asyncio.gather(watching, following, return_exceptions=True)
-                self.fleet.close()
 
     async def _watch(self) -> None:
         async with asyncio.TaskGroup() as tasks:

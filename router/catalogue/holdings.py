@@ -111,8 +111,13 @@ class Holdings:
 
 
 def deepest(depths: dict[str, int], more: dict[str, int]) -> dict[str, int]:
-    """The deeper of both, by epoch."""
-    return {epoch: max(depths.get(epoch, 0), more.get(epoch, 0)) for epoch in depths | more}
+    """The deeper of both, by epoch. `more` is the shorter as a rule: often it is empty."""
+    if not more:
+        return depths
+    merged = dict(depths)
+    for epoch, depth in more.items():
+        merged[epoch] = max(depth, merged.get(epoch, 0))
+    return merged
 
 
 def _taken(expect: Expect, sign: int) -> Taken:

@@ -78,6 +78,15 @@ def _each_serves(cluster: Cluster) -> None:
     await_that(all_seen, "each ingress has answered", 60)
 
 
+def _differs(tokens: list[int], truth: list[int]) -> str | None:
+    """Where an answer leaves the undisturbed one, if it does."""
+    if tokens == truth:
+        return None
+    pairs = enumerate(zip(tokens, truth, strict=False))
+    first = next((at for at, (a, b) in pairs if a != b), min(len(tokens), len(truth)))
+    return f"{len(tokens)} tokens of {len(truth)}, other ones from {first} on"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ingress_in_mid_stream(cluster: Cluster, kind: Kind) -> None:
     """The streams of the other ingress go on. The engines end what a lost one had asked for
@@ -97,8 +106,8 @@ def test_ingress_in_mid_stream(cluster: Cluster, kind: Kind) -> None:
             await_that(
                 lambda: cluster.total("running") <= len(kept), "the rest is aborted", ABORTED_S
             )
-        assert [stream.done().tokens for stream in kept] == [truth] * len(kept)
+        assert [_differs(stream.done().tokens, truth) for stream in kept] == [None] * len(kept)
     if kind == "stop":
-        assert [stream.done().tokens for stream in lost] == [truth] * len(lost)
+        assert [_differs(stream.done().tokens, truth) for stream in lost] == [None] * len(lost)
     await_that(lambda: len(set(ingresses(cluster)) - dead) == 2, "both ingresses listen", 90)
     _each_serves(cluster)

@@ -23,8 +23,9 @@ def shared_cluster(
 ) -> Iterator[Cluster]:
     """One prefill and one decode replica of the real model, as `make serve` runs them."""
     tmp = tmp_path_factory.mktemp("cluster")
-    config = tmp / "names.yaml"
-    config.write_text("served_names: [smollm2, another-name]\n")
+    config = tmp / "config.yaml"
+    # However the start-up probes fall out, a long prompt goes to the prefill replica.
+    config.write_text("served_names: [smollm2, another-name]\nrouter: {assumed_streams: 1}\n")
     words = ("--config", str(config))
     with running(tmp, default_model.parent, free_port(), *words) as cluster:
         yield cluster

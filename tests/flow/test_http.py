@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from openai import OpenAI
 
@@ -276,6 +277,13 @@ def test_a_request_timeout_ends_it_everywhere(cluster: Cluster) -> None:
     )
     assert answer.status_code == 400
     assert "soon" in answer.json()["error"]["message"]
+
+
+def test_replicas_run_at_the_priority_of_their_command(cluster: Cluster) -> None:
+    """Ray would have them stand behind everything else that the machine does."""
+    pids = [row["pid"] for row in cluster.replicas().values()]
+    pids.append(cluster.get("/admin/replicas")["catalogue"]["pid"])
+    assert {psutil.Process(pid).nice() for pid in pids} == {psutil.Process().nice()}
 
 
 def test_a_burst_is_answered_whole(cluster: Cluster) -> None:
