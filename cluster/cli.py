@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_policy(commands)
     _add_key(commands)
     _add_forget(commands)
+    _add_kv_size(commands)
     _add(commands, "down", _down, "end a cluster, or what a crashed one left behind")
     return parser
 
@@ -95,6 +96,25 @@ def _add_forget(commands: Any) -> None:
     )
     forget.add_argument("--json", action="store_true", help="for programs")
     forget.set_defaults(run=_forget)
+
+
+def _add_kv_size(commands: Any) -> None:
+    size = commands.add_parser("kv-size", help="bytes of KV a token and a request of a model take")
+    size.add_argument("model", metavar="MODEL", help="a folder, a config.json, or `default`")
+    size.add_argument("--tokens", type=_count, metavar="N", help="a request's length")
+    size.add_argument("--dtype", metavar="D", help="instead of the config's; fp8 is for KV alone")
+    size.add_argument("--state-dtype", metavar="D", help="of linear attention and mamba states")
+    size.add_argument("--tp", type=_count, default=1, metavar="N", help="tensor-parallel ranks")
+    size.add_argument("--json", action="store_true", help="for programs")
+    size.set_defaults(run=_kv_size)
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 to 2^40: more tokens or ranks than anybody has."""
+    count = int(text) if text.isascii() and text.isdigit() and len(text) <= 13 else 0
+    if not 1 <= count <= 1 << 40:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 1 to 2^40")
+    return count
 
 
 def _add(commands: Any, name: str, run: Any, about: str) -> None:
@@ -164,6 +184,13 @@ def _forget(arguments: argparse.Namespace) -> int:
     from cluster.forget import forget
 
     return forget(arguments.tenant, arguments.json)
+
+
+def _kv_size(arguments: argparse.Namespace) -> int:
+    from cluster.kv_size import Asked, kv_size
+
+    each = (arguments.model, arguments.tokens, arguments.dtype, arguments.state_dtype)
+    return kv_size(Asked(*each, ranks=arguments.tp, as_json=arguments.json))
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 ClusterError
 ├── ModelExportError    the default model could not be made
 ├── ConfigError         a configuration that cannot be used
+├── ModelConfigError    a model's config.json that gives no KV size
 ├── StartError          the cluster did not come up
 ├── TlsError            a cluster answers with a certificate that is not its own
 ├── AdminKeyError       a cluster with keys was asked without the admin key
@@ -32,6 +33,17 @@ class ConfigError(ClusterError):
 
     def __str__(self) -> str:
         return f"{self.source}: {self.complaint}; every key is explained in configs/cpu.yaml"
+
+
+class ModelConfigError(ClusterError):
+    """A model's config.json that cannot be read, or whose KV is not known."""
+
+    def __init__(self, source: str, complaint: str) -> None:
+        super().__init__(source, complaint)
+        self.source, self.complaint = source, complaint
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.complaint}"
 
 
 class StartError(ClusterError):

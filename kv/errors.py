@@ -5,7 +5,7 @@ KVError
 ├── CatalogueError  a catalogue that cannot be built
 ├── CurveError      samples or coefficients that give no cost curve
 ├── PlanError       spans that do not cover a prompt, or a plan that cannot be shown
-└── SizeError       a KV shape without a size
+└── SizeError       a KV shape, or a model's config, without a size
 """
 
 
@@ -40,4 +40,4 @@ class PlanError(KVError):
 
 
 class SizeError(KVError):
-    """A KV shape has no size."""
+    """A KV shape has no size, or a model's config does not tell it."""

@@ -1,0 +1,1 @@
+"""KV geometry out of Hugging Face configs."""
