@@ -7,7 +7,6 @@ formulas are FACTS.md's, "Formulas"; sizes are what vLLM 0.32 lays out, before i
 hybrid models to one length.
 """
 
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 from typing import Protocol, Self
 
@@ -46,7 +45,7 @@ class FullAttention:
     element_bytes: int
 
     def __post_init__(self) -> None:
-        _check("full attention", self)
+        _check("full attention", *astuple(self))
 
     @property
     def token_bytes(self) -> int:
@@ -76,7 +75,7 @@ class SlidingAttention:
     window_tokens: int
 
     def __post_init__(self) -> None:
-        _check("sliding attention", self)
+        _check("sliding attention", *astuple(self))
 
     @property
     def token_bytes(self) -> int:
@@ -100,7 +99,7 @@ class LatentAttention:
     element_bytes: int
 
     def __post_init__(self) -> None:
-        _check("latent attention", self)
+        _check("latent attention", *astuple(self))
 
     @property
     def token_bytes(self) -> int:
@@ -132,7 +131,7 @@ class StatePart:
     replicate: bool = False
 
     def __post_init__(self) -> None:
-        _check("state", (self.rows, self.row_elements, self.element_bytes))
+        _check("state", self.rows, self.row_elements, self.element_bytes)
 
     @property
     def size_bytes(self) -> int:
@@ -150,7 +149,7 @@ class State:
     parts: tuple[StatePart, ...]
 
     def __post_init__(self) -> None:
-        _check("state", (self.layers, len(self.parts)))
+        _check("state", self.layers, len(self.parts))
 
     @property
     def token_bytes(self) -> int:
@@ -192,7 +191,7 @@ class Geometry:
 
     def block_bytes(self, block_tokens: int) -> int:
         """Bytes of a block's pages over all layers. Raises SizeError below 1 token."""
-        _check("block", (block_tokens,))
+        _check("block", block_tokens)
         return self.bytes_per_token() * block_tokens
 
     def request_bytes(self, n_tokens: int) -> int:
@@ -204,7 +203,7 @@ class Geometry:
     def on_rank(self, ranks: int) -> "Geometry":
         """What each of `ranks` tensor-parallel ranks keeps. Raises SizeError if a group cannot be
         split evenly."""
-        _check("tensor parallelism", (ranks,))
+        _check("tensor parallelism", ranks)
         return Geometry(tuple(group.on_rank(ranks) for group in self.groups))
 
 
@@ -228,7 +227,7 @@ def _share(what: str, count: int, ranks: int, replicate: bool) -> int:
     )
 
 
-def _check(subject: str, shape: object) -> None:
-    counts: Iterable[int] = shape if isinstance(shape, tuple) else astuple(shape)  # type: ignore[call-overload]
+def _check(subject: str, *counts: int) -> None:
     if min(counts) < 1:
-        raise SizeError(subject, f"{shape}", "give each from the model's config, at least 1")
+        shape = ", ".join(map(str, counts))
+        raise SizeError(subject, f"a shape of {shape}", "give each from the config, at least 1")

@@ -29,10 +29,10 @@ class Layers:
     state: int = 0
 
 
-def _listed(fields: Fields, name: str = "layer_types") -> Layers | None:
-    """What a list of layer types says, None without one."""
-    words = fields.words(name)
-    return None if words is None else _by_kind(words, fields.layers(), name)
+def _listed(fields: Fields) -> Layers | None:
+    """What `layer_types` says; None without it."""
+    words = fields.words("layer_types")
+    return None if words is None else _by_kind(words, fields.layers(), "layer_types")
 
 
 def _by_kind(words: Sequence[str], layers: int, name: str) -> Layers:
@@ -109,12 +109,10 @@ def granite_hybrid(fields: Fields) -> Layers:
 
 
 def nemotron_h(fields: Fields) -> Layers:
-    """A letter or a word a layer; feed-forward layers count too."""
-    letters = fields.text("hybrid_override_pattern")
-    if letters is None:
-        listed = _listed(fields, "layers_block_type") or _listed(fields)
-        if listed is None:
-            raise SizeError(SUBJECT, "no hybrid_override_pattern", "add it")
-        return listed
-    words = [_NEMOTRON.get(letter, letter) for letter in letters]
-    return _by_kind(words, fields.layers(), "hybrid_override_pattern")
+    """A letter or a word a layer, feed-forward ones too; `num_hidden_layers` counts for nothing."""
+    name, words = "hybrid_override_pattern", fields.words("layers_block_type")
+    if (letters := fields.text(name)) is not None:
+        words = [_NEMOTRON.get(letter, letter) for letter in letters]
+    if words is None:
+        raise SizeError(SUBJECT, f"no {name}", "add it, a letter a layer")
+    return _by_kind(words, len(words), name)

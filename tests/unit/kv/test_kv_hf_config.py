@@ -89,6 +89,18 @@ def test_hybrid_models_keep_states(
     assert state.state_bytes == state_layers * state_bytes
 
 
+def test_nemotron_may_list_words_instead_of_letters() -> None:
+    """As newer transformers save it, without `num_hidden_layers`."""
+    words = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+    config = {**configs.NEMOTRON_H_8B}
+    del config["num_hidden_layers"]
+    listed = [words[letter] for letter in config.pop("hybrid_override_pattern")]
+    with pytest.raises(SizeError, match="no hybrid_override_pattern"):
+        read(config)
+    config["layers_block_type"] = listed
+    assert read(config).geometry == read(configs.NEMOTRON_H_8B).geometry
+
+
 @pytest.mark.parametrize(
     ("name", "full", "sliding", "window"),
     [
