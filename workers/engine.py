@@ -31,7 +31,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from workers import erasure, work
+from kv.geometry import Geometry
+from workers import erasure, pages, work
 from workers.erasure import Erased, Erasure
 from workers.messages import Delta, Load, Totals
 from workers.mirror import Change, Mirror
@@ -85,12 +86,13 @@ class Engine:
         """Begin to step; what was queued before is carried out first."""
         self._thread.start()
 
+    def geometry(self) -> Geometry:
+        """What one rank's pages hold, as allocated."""
+        return pages.geometry(self._scheduler.kv_cache_config)
+
     def kv_bytes_per_token(self) -> int:
         """Bytes of paged KV that one token takes over all layers and ranks, as allocated."""
-        config = self._scheduler.kv_cache_config
-        page_tokens = self._scheduler.cache_config.block_size
-        allocated = sum(tensor.size for tensor in config.kv_cache_tensors)
-        return self._world_size * int(allocated // (config.num_blocks * page_tokens))
+        return self._world_size * self.geometry().bytes_per_token()
 
     def add(self, request: EngineCoreRequest, answered: Sequence[int] = ()) -> None:
         """Queue a request. Hashing and grammar set-up happen here, off the step loop.
