@@ -3,6 +3,7 @@
 KVError
 ├── BlockError      token ids or bytes that cannot be named as blocks
 ├── CatalogueError  a catalogue that cannot be built
+├── CodecError      a page or frame that a codec refuses
 ├── CurveError      samples or coefficients that give no cost curve
 ├── PlanError       spans that do not cover a prompt, or a plan that cannot be shown
 └── SizeError       a KV shape, or a model's config, without a size
@@ -29,6 +30,10 @@ class BlockError(KVError):
 
 class CatalogueError(KVError):
     """The catalogue cannot be built as asked."""
+
+
+class CodecError(KVError):
+    """A page cannot be encoded as asked, or a frame is not what it should be."""
 
 
 class CurveError(KVError):

@@ -8,6 +8,7 @@ TREE = (
     errors.KVError,
     errors.BlockError,
     errors.CatalogueError,
+    errors.CodecError,
     errors.CurveError,
     errors.PlanError,
     errors.SizeError,
