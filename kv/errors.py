@@ -6,7 +6,10 @@ KVError
 ├── CodecError      a page or frame that a codec refuses
 ├── CurveError      samples or coefficients that give no cost curve
 ├── PlanError       spans that do not cover a prompt, or a plan that cannot be shown
-└── SizeError       a KV shape, or a model's config, without a size
+├── SizeError       a KV shape, or a model's config, without a size
+└── VaultError      a vault that cannot be built, or an order it does not know
+    └── SegmentError  a folder of segments that cannot be used
+        └── SegmentFullError  no room on the disk or in its budget
 """
 
 
@@ -46,3 +49,15 @@ class PlanError(KVError):
 
 class SizeError(KVError):
     """A KV shape has no size, or a model's config does not tell it."""
+
+
+class VaultError(KVError):
+    """A vault's settings or an order to it make no sense."""
+
+
+class SegmentError(VaultError):
+    """A folder of segments cannot be read or written."""
+
+
+class SegmentFullError(SegmentError):
+    """A record does not fit: the disk is full, or the byte budget is."""

@@ -12,6 +12,9 @@ TREE = (
     errors.CurveError,
     errors.PlanError,
     errors.SizeError,
+    errors.VaultError,
+    errors.SegmentError,
+    errors.SegmentFullError,
 )
 
 
