@@ -113,10 +113,12 @@ def measure(trace: Path, sizes_percent: Sequence[int] = SIZES_PERCENT) -> tuple[
         size: replay(requests, Lru(), footprint * size // 100, tables["8B on a GPU"])
         for size in sizes_percent
     }
+    # LRU looks at no worth: one replay serves every curve.
+    endless = replay(requests, Lru(), footprint, tables["8B on a GPU"])
     rows = [shown("footprint", footprint, "blocks", f"{len(requests)} requests of {trace.name}")]
     series: dict[str, Any] = {}
     for name, table in tables.items():
-        every = saved_s(replay(requests, Lru(), footprint, table), table)
+        every = saved_s(endless, table)
         series[name] = {}
         for size in sizes_percent:
             point = _point(requests, table, footprint * size // 100, lru[size])
