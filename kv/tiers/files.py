@@ -112,15 +112,13 @@ def write_at(fd: int, offset: int, head: bytes, payload: bytes | memoryview) -> 
             written -= taken
 
 
-def zero(place: Place) -> None:
-    """Overwrite a block's payload."""
-    offset = place.offset + place.frame.payload_offset
-    left = place.frame.payload_bytes
-    zeros = bytes(min(left, _SCAN_BYTES))
-    while left:
-        written = os.pwrite(place.segment.fd, zeros[:left], offset)
+def zero(fd: int, offset: int, n_bytes: int) -> None:
+    """Overwrite a part of a file."""
+    zeros = bytes(min(n_bytes, _SCAN_BYTES))
+    while n_bytes > 0:
+        written = os.pwrite(fd, zeros[:n_bytes], offset)
         offset += written
-        left -= written
+        n_bytes -= written
 
 
 def failed(folder: Path, doing: str, error: OSError) -> SegmentError:

@@ -157,29 +157,23 @@ class SegmentStore:
             self._uncommitted.pop(key, None)
             place.segment.live_bytes -= place.frame.n_bytes
             place.segment.keys.discard(key)
-            # A disk that does not even take this has its block dropped by the checksum, or keeps
-            # one that nobody asked to be erased.
-            with suppress(OSError):
-                os.pwrite(
-                    place.segment.fd, bytes([frames.DEAD]), place.offset + frames.STATE_OFFSET
-                )
-                self._unsynced[place.segment.number] = place.segment
+            self._bury(place)
 
     def erase(self, keys: Iterable[bytes]) -> None:
-        """Delete blocks and overwrite their bytes with zeros, on the disk when this returns.
+        """Delete blocks, and overwrite with zeros all that is not of a stored block: theirs, and
+        what was deleted or torn earlier, whoever wrote it. It is on the disk when this returns.
 
         Raises SegmentError where the disk fails. What the file system or the drive keeps of old
         bytes elsewhere (snapshots, copies on write, worn cells) is not reached.
         """
-        places = [self._index[key] for key in keys if key in self._index]
-        self.delete([place.frame.key for place in places])
+        self.delete(keys)
         try:
-            for place in places:
-                zero(place)
-                self._unsynced[place.segment.number] = place.segment
+            for segment in self._segments.values():
+                self._wipe(segment)
+                self._unsynced[segment.number] = segment
             self._sync()
         except OSError as error:
-            raise failed(self._folder, f"erasing {len(places)} blocks", error) from error
+            raise failed(self._folder, "erasing", error) from error
 
     def compact(self) -> bool:
         """Compact the segment with the most dead bytes, if that is a quarter of it.
@@ -210,6 +204,22 @@ class SegmentStore:
             self._lock_fd = -1
 
     # -- writing
+
+    def _bury(self, place: Place) -> None:
+        """Mark a frame dead in the file."""
+        # A disk that does not even take this has the block dropped by its checksum, or keeps one
+        # that nobody asked to be erased.
+        with suppress(OSError):
+            os.pwrite(place.segment.fd, bytes([frames.DEAD]), place.offset + frames.STATE_OFFSET)
+            self._unsynced[place.segment.number] = place.segment
+
+    def _wipe(self, segment: Segment) -> None:
+        """Zeros between the live frames: opening steps over them as over anything damaged."""
+        at = frames.PREFIX_BYTES
+        for place in sorted((self._index[key] for key in segment.keys), key=lambda p: p.offset):
+            zero(segment.fd, at, place.offset - at)
+            at = place.offset + place.frame.n_bytes
+        zero(segment.fd, at, segment.n_bytes - at)
 
     def _make_room(self, n_bytes: int) -> None:
         """Compact until an append fits, with a segment to spare for the next compaction."""
@@ -251,6 +261,7 @@ class SegmentStore:
             copy.segment.live_bytes -= copy.frame.n_bytes
             copy.segment.keys.discard(place.frame.key)
             self._index[place.frame.key] = place
+            self._bury(copy)
 
     def _lose_uncommitted(self) -> int:
         """After a failed fsync nobody knows what is durable: how many blocks that costs."""

@@ -36,6 +36,9 @@ def test_deeper_blocks_save_more() -> None:
     assert all(a < b for a, b in pairwise(saved))
 
 
+few_keys = st.sampled_from([bytes([at]) for at in range(6)])
+
+
 class Fading:
     """Ranks that fall at times known beforehand."""
 
@@ -60,14 +63,14 @@ class LeavesAgainstASort(RuleBasedStateMachine):
         self.model: dict[bytes, Entry] = {}
         self.now_s = 0.0
 
-    @rule(key=st.binary(min_size=1, max_size=1), worth=st.integers(1, 9), step_s=st.integers(1, 20))
+    @rule(key=few_keys, worth=st.integers(1, 9), step_s=st.integers(1, 20))
     def offer(self, key: bytes, worth: int, step_s: int) -> None:
         self.model[key] = entry(
             key, last_used_s=self.now_s, n_bytes=worth, seconds_saved=float(step_s)
         )
         self.leaves.offer(self.model[key], self.now_s)
 
-    @rule(key=st.binary(min_size=1, max_size=1))
+    @rule(key=few_keys)
     def withdraw(self, key: bytes) -> None:
         self.model.pop(key, None)
         self.leaves.withdraw(key)
@@ -76,7 +79,7 @@ class LeavesAgainstASort(RuleBasedStateMachine):
     def wait(self, for_s: int) -> None:
         self.now_s += for_s
 
-    @rule(key=st.binary(min_size=1, max_size=1))
+    @rule(key=few_keys)
     def spare(self, key: bytes) -> None:
         self.check({each: held for each, held in self.model.items() if each != key}, key)
 
@@ -215,6 +218,23 @@ def test_an_index_is_between_the_hazards_to_come(hazards: list[float]) -> None:
         assert hazards[at] * (1 - 1e-6) <= index <= max(hazards[at:]) * (1 + 1e-6)
     falling = sorted(hazards, reverse=True)
     assert reuse._index(falling) == pytest.approx(falling, rel=1e-3)
+
+
+@given(st.lists(st.sampled_from([1e-4, 1e-3, 0.03]), min_size=16, max_size=16))
+@settings(max_examples=25)
+def test_an_index_is_what_integrating_over_seconds_gives(hazards: list[float]) -> None:
+    """The best, over all ends of bins, of the chance of a reuse by then over the time until it."""
+    step_s = 0.25
+    edges = [*EDGES_S, HORIZON_S]
+    per_step = np.repeat(hazards, (np.diff(edges) / step_s).astype(int))
+    indices = reuse._index(hazards)
+    for at in (0, 3, 9):
+        ahead = per_step[int(edges[at] / step_s) :]
+        alive = np.exp(-np.cumsum(ahead) * step_s)
+        stay_s = np.cumsum((alive + np.append(1.0, alive[:-1])) / 2) * step_s
+        ends = [int((end - edges[at]) / step_s) - 1 for end in edges[at + 1 :]]
+        best = max((1.0 - alive[end]) / stay_s[end] for end in ends)
+        assert indices[at] == pytest.approx(best, rel=1e-3)
 
 
 def test_kinds_are_few() -> None:

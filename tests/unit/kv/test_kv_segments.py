@@ -189,15 +189,19 @@ def test_a_deleted_block_stays_deleted(opened: Callable[..., SegmentStore]) -> N
 
 
 def test_erased_bytes_are_not_on_the_disk(opened: Callable[..., SegmentStore]) -> None:
-    """Those of others are."""
+    """Nor are those of blocks that had been evicted, their keys and notes; others are served."""
     store = opened()
-    for key, payload in ((b"a", b"secret" * 9), (b"b", b"public" * 9)):
-        store.append(key, b"", payload)
+    for key in (b"a0", b"b0", b"a1", b"b1", b"a2"):
+        store.append(key, b"noted " + key, (b"secret" if key < b"b" else b"public") * 9)
     store.commit()
-    store.erase([b"a", b"unknown"])
+    store.delete([b"a1"])
+    store.erase([b"a0", b"a2", b"unknown"])
     (path,) = segments(store._folder)
-    assert b"secret" not in path.read_bytes()
-    assert opened().read(b"b") == b"public" * 9
+    assert not [word for word in (b"secret", b"a0", b"a1", b"a2") if word in path.read_bytes()]
+    for _ in range(2):
+        assert [key for key, _, _ in store.notes()] == [b"b0", b"b1"]
+        assert [store.read(key) for key in (b"b0", b"b1")] == [b"public" * 9] * 2
+        store = opened()
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=150))
@@ -371,6 +375,7 @@ def test_a_copy_that_is_not_whole_does_not_replace_its_original(
     damaged = copies.read_bytes()
     copies.write_bytes(damaged[: len(damaged) - 100] + bytes(100))
     right = {n: payload_of(n) for n in range(1, 20, 2)}
+    assert {n: store.read(key_of(n)) for n in right} == right
     store = opened()
     assert {n: store.read(key_of(n)) for n in right} == right
 
