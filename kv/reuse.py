@@ -25,6 +25,7 @@ from kv.errors import VaultError
 # HORIZON_S, and older than that is as old as that.
 EDGES_S = (0, 5, 10, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720, 1200, 2400)
 HORIZON_S = 4800.0
+_EDGES_S = np.array(EDGES_S, dtype=np.float64)
 _WIDTHS_S = np.diff(np.array([*EDGES_S, HORIZON_S]))
 _BINS = len(EDGES_S)
 # A kind is how often a block was used again and how many turns lie before it, both capped.
@@ -67,7 +68,10 @@ class ReuseHistory:
             )
         self._panel_keys = panel_keys
         self._half_life_s = half_life_s
-        self._panel: dict[bytes, tuple[int, float]] = {}  # kind and last use
+        self._panel: dict[bytes, int] = {}  # slots, in the order of last use
+        self._kinds = np.zeros(panel_keys + 1, dtype=np.int64)
+        self._last_s = np.zeros(panel_keys + 1)
+        self._free = list(range(panel_keys + 1))
         self._below = 1 << 64  # keys whose first 64 bits are below are followed
         self._reuses = np.zeros((KINDS, _BINS))
         self._exposed_s = np.zeros((KINDS, _BINS))
@@ -79,11 +83,14 @@ class ReuseHistory:
         """A block was stored or used; it is of this kind from now on."""
         if int.from_bytes(key[:8], "big") >= self._below:
             return
-        before = self._panel.pop(key, None)
-        if before is not None:
-            self._count(before[0], now_s - before[1])
+        slot = self._panel.pop(key, -1)
+        if slot >= 0:
+            self._count(int(self._kinds[slot]), now_s - float(self._last_s[slot]))
+        else:
+            slot = self._free.pop()
         # Popped first: the panel is in the order of last use.
-        self._panel[key] = (kind, now_s)
+        self._panel[key] = slot
+        self._kinds[slot], self._last_s[slot] = kind, now_s
         if len(self._panel) > self._panel_keys:
             self._thin()
         self._samples += 1
@@ -105,11 +112,8 @@ class ReuseHistory:
 
     def _thin(self) -> None:
         self._below >>= 1
-        self._panel = {
-            key: held
-            for key, held in self._panel.items()
-            if int.from_bytes(key[:8], "big") < self._below
-        }
+        for key in [key for key in self._panel if int.from_bytes(key[:8], "big") >= self._below]:
+            self._free.append(self._panel.pop(key))
         # What is counted from here on comes from half as many keys.
         self._reuses *= 0.5
         self._exposed_s *= 0.5
@@ -121,22 +125,25 @@ class ReuseHistory:
             self._exposed_s *= fade
         self._faded_s = now_s
         while self._panel:
-            key, (kind, last_s) = next(iter(self._panel.items()))
-            if now_s - last_s <= HORIZON_S:
+            key, slot = next(iter(self._panel.items()))
+            if now_s - self._last_s[slot] <= HORIZON_S:
                 break
-            self._exposed_s[kind] += _WIDTHS_S
-            del self._panel[key]
+            self._exposed_s[self._kinds[slot]] += _WIDTHS_S
+            self._free.append(self._panel.pop(key))
         self._rates = self._tables(self._reuses, self._exposed_s + self._waiting_s(now_s))
 
     def _waiting_s(self, now_s: float) -> Floats:
         """Block-seconds of the panel's blocks since their last use, by kind and bin."""
-        held = np.array(list(self._panel.values()), dtype=np.float64).reshape(-1, 2)
-        kinds, ages_s = held[:, 0].astype(np.int64), now_s - held[:, 1]
-        waited_s = np.zeros((KINDS, _BINS))
-        for at, (edge_s, width_s) in enumerate(zip(EDGES_S, _WIDTHS_S, strict=True)):
-            spent_s = np.clip(ages_s - edge_s, 0.0, width_s)
-            waited_s[:, at] = np.bincount(kinds, spent_s, minlength=KINDS)
-        return waited_s
+        slots = np.fromiter(self._panel.values(), dtype=np.int64, count=len(self._panel))
+        kinds, ages_s = self._kinds[slots], np.minimum(now_s - self._last_s[slots], HORIZON_S)
+        bins = np.searchsorted(_EDGES_S, ages_s, side="right") - 1
+        cells = kinds * _BINS + bins
+        shape = (KINDS, _BINS)
+        blocks = np.bincount(cells, minlength=KINDS * _BINS).reshape(shape)
+        spent_s = np.bincount(cells, ages_s - _EDGES_S[bins], minlength=KINDS * _BINS)
+        # Blocks in a later bin were in each earlier one for all of its width.
+        later = blocks.sum(axis=1, keepdims=True) - np.cumsum(blocks, axis=1)
+        return np.asarray(spent_s.reshape(shape) + later * _WIDTHS_S)
 
     def _tables(self, reuses: Floats, exposed_s: Floats) -> list[list[float]]:
         hazards = np.empty(_BINS)

@@ -254,3 +254,18 @@ def test_a_history_of_nothing_is_an_error(wrong: dict) -> None:
     """It says what to give."""
     with pytest.raises(VaultError, match="half-life"):
         ReuseHistory(**wrong)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, KINDS - 1), st.floats(0.0, 3 * HORIZON_S)), max_size=30),
+)
+def test_waiting_blocks_expose_each_bin_they_lived_through(held: list[tuple[int, float]]) -> None:
+    """Counted all at once as one by one."""
+    history = ReuseHistory()
+    for at, (kind, age_s) in enumerate(sorted(held, key=lambda each: -each[1])):
+        history.seen(at.to_bytes(16, "big"), kind, -age_s)
+    expected = np.zeros((KINDS, len(EDGES_S)))
+    for kind, age_s in held:
+        for at, (lo, hi) in enumerate(pairwise([*EDGES_S, HORIZON_S])):
+            expected[kind, at] += max(0.0, min(age_s, hi) - lo)
+    assert history._waiting_s(0.0) == pytest.approx(expected)
