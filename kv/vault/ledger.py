@@ -388,7 +388,7 @@ class Ledger:
             if end_s < inf
         ]
         heapify(self._ends)
-        self._ends_limit = max(_ENDS_FLOOR, 2 * len(self._ends))
+        self._ends_limit = max(_ENDS_FLOOR, 2 * len(self._ends), len(everywhere))
 
     def _advance(self, now_s: float) -> None:
         if isnan(now_s):

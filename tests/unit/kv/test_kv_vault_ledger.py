@@ -412,6 +412,25 @@ def test_ends_of_blocks_that_went_earlier_do_not_pile_up() -> None:
     ledger.check_integrity()
 
 
+def test_looking_for_ends_that_passed_costs_each_put_a_constant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many blocks are stored without an end of their own."""
+    looked = 0
+    rewatch = Ledger._rewatch
+
+    def counted(ledger: Ledger) -> None:
+        nonlocal looked
+        looked += len(ledger)
+        rewatch(ledger)
+
+    monkeypatch.setattr(Ledger, "_rewatch", counted)
+    ledger = shard(8_000)
+    for at in range(8_000):
+        store(ledger, b"a" + at.to_bytes(4, "big"), at * 1e-6)
+    assert looked <= 3 * 8_000
+
+
 def test_a_recount_finds_a_wrong_book() -> None:
     """The check is a real one: each book put wrong is found."""
     wrongs = [
