@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from ray import serve
 from ray.serve import Application
 
@@ -12,6 +13,7 @@ from router.settings import IngressSettings
 from workers.curve import server_keys
 from workers.messages import Role
 from workers.replica import ReplicaSettings
+from workers.tiers import Tiers
 
 # Serve asks this often whether a replica is well, and this long waits for the answer: a CPU
 # engine that computes a long chunk may be slow to give it.
@@ -75,6 +77,7 @@ def _engines(
         lease_s=config.kv.lease_s,
         drain_s=config.ingress.drain_s,
         probe_s=config.router.probe_s,
+        tiers=_placed(config.tiers),
     )
     deployment = serve.deployment(
         EngineReplica,
@@ -166,6 +169,14 @@ def _catalogue(config: Config, secret: bytes) -> Application:
         max_constructor_retry_count=_START_TRIES,
     )
     return _versioned(deployment, 0).bind(APP, config.host, secret)
+
+
+def _placed(tiers: Tiers) -> Tiers:
+    """With a path that does not depend on where a replica runs."""
+    if tiers.disk is None:
+        return tiers
+    path = str(Path(tiers.disk.path).expanduser().resolve())
+    return msgspec.structs.replace(tiers, disk=msgspec.structs.replace(tiers.disk, path=path))
 
 
 def _resolved(path: str | None) -> str | None:

@@ -18,6 +18,7 @@ from cluster import tls
 from cluster.errors import ConfigError
 from cluster.home import HOME, default_cache
 from router.policy import Policy
+from workers.tiers import Tiers
 
 # Names the Serve application, and the cluster in the directory of replicas.
 APP = "breakeven"
@@ -113,6 +114,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ingress: IngressSection = IngressSection()
     catalogue: CatalogueSection = CatalogueSection()
     kv: KvSection = KvSection()
+    tiers: Tiers = Tiers()
     router: RouterSection = RouterSection()
     ray: RaySection = RaySection()
 

@@ -85,10 +85,13 @@ def stop(app: str) -> None:
 def sweep(run_dir: Path, keep_logs: bool) -> int:
     """End what outlived the cluster and remove what it left; returns how many processes.
 
-    Shared memory needs no sweep of its own: Ray's object store lies in an unlinked file, and
-    UCX's segments are removed when their last process ends.
+    Most shared memory needs no sweep of its own: Ray's object store lies in an unlinked file, and
+    UCX's segments are removed when their last process ends. A host tier has a name while its
+    engine starts (`kv.offload`), in which the run folder's is.
     """
     ended = end(state.leftovers(str(run_dir)))
+    for segment in Path("/dev/shm").glob(f"vllm_offload_{run_dir.name}-*"):
+        segment.unlink(missing_ok=True)
     if not keep_logs:
         shutil.rmtree(run_dir, ignore_errors=True)
     return ended

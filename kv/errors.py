@@ -5,6 +5,8 @@ KVError
 ├── CatalogueError  a catalogue that cannot be built
 ├── CodecError      a page or frame that a codec refuses
 ├── CurveError      samples or coefficients that give no cost curve
+├── DiskError       a disk tier that cannot be used
+│   └── DamagedBlockError  a stored block whose bytes are not what was stored
 ├── PlanError       spans that do not cover a prompt, or a plan that cannot be shown
 ├── SizeError       a KV shape, or a model's config, without a size
 └── VaultError      a vault that cannot be built, or an order it does not know
@@ -41,6 +43,14 @@ class CodecError(KVError):
 
 class CurveError(KVError):
     """Samples or coefficients do not describe a cost."""
+
+
+class DiskError(KVError):
+    """The disk tier cannot be used."""
+
+
+class DamagedBlockError(DiskError):
+    """A stored block's bytes are not what was stored."""
 
 
 class PlanError(KVError):

@@ -16,26 +16,31 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import (
+    MEDIUM_GPU,
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     EventBatch,
     EventPublisher,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from kv.geometry import Geometry
+from kv.salt import tag_of
 from workers import erasure, pages, work
 from workers.erasure import Erased, Erasure
 from workers.messages import Delta, Load, Totals
 from workers.mirror import Change, Mirror
+from workers.tiers import with_hints
 
 logger = init_logger(__name__)
 
@@ -44,6 +49,19 @@ logger = init_logger(__name__)
 _WAITING_PAUSE_S = 0.001
 _LEASED_PAUSE_S = 0.005
 _RECEIVING = (RequestStatus.WAITING_FOR_REMOTE_KVS,)
+
+# vLLM's words for where KV came from and what was moved, and ours.
+_SOURCES = {
+    CacheHitSource.HOST: "prompt_tokens_host",
+    CacheHitSource.DISK: "prompt_tokens_disk",
+}
+_TIER_METRICS = {
+    "vllm:kv_offload_store_bytes": "host_stored_bytes",
+    "vllm:kv_offload_load_bytes": "host_loaded_bytes",
+    "vllm:kv_offload_tiering_write_bytes": "disk_stored_bytes",
+    "vllm:kv_offload_tiering_read_bytes": "disk_loaded_bytes",
+    "vllm:kv_offload_tiering_promotion_job_failures": "failed_loads",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +80,14 @@ class Engine:
         self._core = EngineCore(config, Executor.get_class(config), log_stats=True)
         self._scheduler: Any = self._core.scheduler
         self._world_size: int = config.parallel_config.world_size
+        self._tiers = _tiers(self._scheduler)
         self._erasure = Erasure(
-            self._scheduler, self._publish, self._wipe, _lease_s(config), time.monotonic
+            self._scheduler,
+            self._publish,
+            self._wipe,
+            _lease_s(config),
+            time.monotonic,
+            self._tiers,
         )
         self._events = _MirrorEvents(self._erasure)
         self._mirror = self._events.mirror
@@ -71,7 +95,7 @@ class Engine:
         self._listener = listener
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._trusted_s = _trusted_s(config)
-        self._totals = _Counters()
+        self._totals = _Counters(tiered=self._tiers is not None)
         self._prompt_tokens: dict[str, int] = {}
         self.failure: BaseException | None = None
         self._stepped_at = time.monotonic()
@@ -101,6 +125,9 @@ class Engine:
         behind them.
         """
         prepared, _ = self._core.preprocess_add_request(request)
+        if self._tiers is not None:
+            tag = tag_of(prepared.cache_salt)
+            prepared.kv_transfer_params = with_hints(prepared.kv_transfer_params, tag)
         self._orders.put(lambda: self._admit(prepared, answered))
 
     def abort(self, request_ids: list[str]) -> None:
@@ -113,7 +140,7 @@ class Engine:
         self._orders.put(lambda: self._core.abort_requests(request_ids))
 
     def forget(self) -> None:
-        """Drop every cached block."""
+        """Drop every cached block, those in tiers too."""
         self._orders.put(self._reset)
 
     def erase(self, tags: Sequence[str], receiver: Callable[[Erased], None]) -> None:
@@ -177,7 +204,8 @@ class Engine:
         """End the requests whose KV was on its way while this loop stood still: no heartbeat of
         theirs went out, so the pages that were read may have been another prompt's by then."""
         requests = self._scheduler.requests.values()
-        doubtful = [r.request_id for r in requests if r.status in _RECEIVING]
+        receiving = (r for r in requests if r.status in _RECEIVING)
+        doubtful = [r.request_id for r in receiving if _has_handoff(r)]
         if not doubtful:
             return
         logger.warning("%d requests ended: their KV may be stale", len(doubtful))
@@ -202,8 +230,10 @@ class Engine:
 
     def _reset(self) -> None:
         # Refused while any block is held; the mirror must not forget what the cache has.
-        if self._core.reset_prefix_cache():
+        if self._core.reset_prefix_cache(reset_connector=self._tiers is not None):
             self._mirror.clear()
+        if self._tiers is not None:
+            self._tiers.clear()
         self._report({})
 
     def _erase(self, tags: Sequence[str], receiver: Callable[[Erased], None]) -> None:
@@ -252,6 +282,19 @@ class Engine:
         )
 
 
+def _tiers(scheduler: Any) -> Any:
+    """The `kv.offload.Tiers` of an engine that has some."""
+    for connector in getattr(scheduler.connector, "sub_connectors", ()):
+        if isinstance(connector, OffloadingConnector):
+            return connector.scheduler.manager
+    return None
+
+
+def _has_handoff(request: Request) -> bool:
+    """Whether its KV comes from another engine's pages, which may be another prompt's by now."""
+    return "remote_engine_id" in (request.kv_transfer_params or {})
+
+
 def _trusted_s(config: VllmConfig) -> float:
     """How long the loop may stand still before a lease on the KV that it reads may have ended: a
     heartbeat goes out each sixth of a lease and prolongs it by two thirds of one (vLLM 0.32)."""
@@ -272,6 +315,10 @@ class _MirrorEvents(EventPublisher):
 
     def publish(self, events: EventBatch) -> None:
         for event in events.events:
+            # What tiers hold is not on the device: it must not be priced as a hit there, and the
+            # erasure learns of it from the tiers themselves.
+            if getattr(event, "medium", MEDIUM_GPU) not in (None, MEDIUM_GPU):
+                continue
             if isinstance(event, BlockStored):
                 if self._erasure.stored(_in_group(event), event.session_id):
                     self._store(event)
@@ -307,8 +354,9 @@ class _MirrorEvents(EventPublisher):
 class _Counters:
     """What the engine has done since it started."""
 
-    def __init__(self) -> None:
+    def __init__(self, tiered: bool) -> None:
         self._counts: dict[str, float] = {}
+        self._tiered = tiered
 
     def _add(self, name: str, amount: float) -> None:
         self._counts[name] = self._counts.get(name, 0) + amount
@@ -319,13 +367,30 @@ class _Counters:
             if delta.sources is not None:
                 self._add("prompt_tokens_computed", delta.sources.computed_tokens)
                 self._add("prompt_tokens_device", delta.sources.device_tokens)
-                self._add("prompt_tokens_received", delta.sources.received_tokens)
+                if not self._tiered:
+                    self._add("prompt_tokens_received", delta.sources.received_tokens)
 
     def observe(self, stats: SchedulerStats | None) -> None:
-        """NIXL's telemetry of this step (lists, one entry a transfer)."""
-        if stats is None or not stats.kv_connector_stats:
+        """What the connectors did in this step."""
+        if stats is None:
             return
-        seen = stats.kv_connector_stats
+        seen = stats.kv_connector_stats or {}
+        if not self._tiered:
+            self._observe_handoffs(seen)
+            return
+        self._observe_handoffs(seen.get("NixlConnector", {}))
+        self._observe_tiers(seen.get("OffloadingConnector", {}).get("data", {}))
+        hits = stats.connector_prefix_cache_stats
+        for source, tokens in (hits.hits_by_source if hits else {}).items():
+            self._add(_SOURCES.get(source, "prompt_tokens_received"), tokens)
+
+    def _observe_tiers(self, seen: dict[str, dict[tuple[str, ...], float]]) -> None:
+        """vLLM's offloading metrics of this step, by name and labels."""
+        for name, total in _TIER_METRICS.items():
+            self._add(total, sum(seen.get(name, {}).values()))
+
+    def _observe_handoffs(self, seen: dict[str, Any]) -> None:
+        """NIXL's telemetry (lists, one entry a transfer)."""
         self._add("transfers", len(seen.get("bytes_transferred", ())))
         self._add("transfer_bytes", sum(seen.get("bytes_transferred", ())))
         self._add("transfer_s", sum(seen.get("transfer_duration", ())))

@@ -35,7 +35,8 @@ class Erasure:
     """Which blocks carry which tag, and what was asked to be erased. The engine's thread only.
 
     `scheduler` is vLLM's; `publish` hands its pending events to `stored` and `removed`; `wipe`
-    overwrites pages. A finished prefill waits at most `handoff_s` to be read.
+    overwrites pages. A finished prefill waits at most `handoff_s` to be read. `tiers` are those
+    behind the paged KV (`kv.offload.Tiers`), or None.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Erasure:
         wipe: Callable[[list[int]], None],
         handoff_s: float,
         now: Callable[[], float],
+        tiers: Any = None,
     ) -> None:
         self._scheduler, self._publish, self._wipe = scheduler, publish, wipe
         self._pool: Any = scheduler.kv_cache_manager.block_pool
         self._handoff_s, self._now = handoff_s, now
+        self._tiers = tiers
         self._tags: dict[bytes, str] = {}
         self._interned: dict[str, str] = {}
         self._recent: dict[str, float] = {}
@@ -106,7 +109,8 @@ class Erasure:
         self._unwiped.update(page.block_id for page in unnamed if not page.is_null)
         in_use = sum(page.ref_cnt > 0 for page in pages)
         self.sweep()
-        return Erased(len(pages), in_use)
+        in_tiers = 0 if self._tiers is None else self._tiers.erase(tags)
+        return Erased(len(pages) + in_tiers, in_use)
 
     def sweep(self) -> None:
         """Overwrite pages whose readers have ended. To be called between steps, before the next
@@ -129,6 +133,8 @@ class Erasure:
 
     def _conceal(self, request: Any) -> None:
         self._concealed.add(request.request_id)
+        if self._tiers is not None:
+            self._tiers.seal(request.request_id)
         request.session_id = _CONCEALED
         # Further names derive from these; the request itself holds its pages by number.
         request.block_hashes[:] = [secrets.token_bytes(len(h)) for h in request.block_hashes]

@@ -13,7 +13,7 @@ import msgspec
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a replica of another version is not routable.
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 
 # vLLM's kv_transfer_params: where a finished prefill's blocks lie. Opaque to the router.
@@ -140,7 +140,10 @@ Request = Hello | Submit | Abort | Release | Resync | Reset | Forget
 
 
 class Sources(msgspec.Struct, frozen=True):
-    """Where the tokens of a prompt came from on one engine."""
+    """Where the tokens of a prompt came from on one engine.
+
+    `received_tokens` are those of a handoff, or of a tier; a request has one or the other.
+    """
 
     prompt_tokens: int
     computed_tokens: int
@@ -183,6 +186,15 @@ class Totals(msgspec.Struct, frozen=True):
     transfer_s: float = 0.0
     failed_transfers: int = 0
     expired_leases: int = 0
+    # Prompt tokens that a tier brought, and bytes between tiers: what the host tier took from the
+    # engine and gave to it, what the disk tier took from the host tier and gave to it.
+    prompt_tokens_host: int = 0
+    prompt_tokens_disk: int = 0
+    host_stored_bytes: int = 0
+    host_loaded_bytes: int = 0
+    disk_stored_bytes: int = 0
+    disk_loaded_bytes: int = 0
+    failed_loads: int = 0
 
     def plus(self, other: "Totals") -> "Totals":
         """Both, added up."""

@@ -11,6 +11,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 
+from workers.tiers import NO_TIERS
+
 # Prompt lengths in the order they are tried; the later ones only while the budget lasts.
 _LENGTHS_TOKENS = (32, 128, 384, 1024)
 _STEPS = 8
@@ -53,11 +55,13 @@ def _prompt(core: EngineCore, rng: random.Random, length: int) -> list[int]:
 
 def _run(core: EngineCore, prompt: list[int], tokens: int) -> list[float]:
     """Seconds until each token of one request on an idle engine."""
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    params.extra_args = {"kv_transfer_params": dict(NO_TIERS)}
     request = EngineCoreRequest(
         request_id=f"probe-{len(prompt)}-{tokens}",
         prompt_token_ids=prompt,
         mm_features=None,
-        sampling_params=SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True),
+        sampling_params=params,
         pooling_params=None,
         arrival_time=time.time(),
         lora_request=None,

@@ -15,6 +15,7 @@ from workers.curve import ServerKeys
 from workers.errors import EngineDeadError, EngineStartError
 from workers.messages import Replica, Role
 from workers.server import ReplicaServer
+from workers.tiers import Tiers, model_identity, with_tiers
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 30.0
     probe_s: float = 4.0
     seed: int = 0
+    tiers: Tiers = Tiers()
 
 
 class ReplicaProcess:
@@ -71,6 +73,10 @@ class ReplicaProcess:
         transfer = connector.transfer_config(
             settings.role, current_platform.device_type, settings.lease_s
         )
+        if settings.tiers:
+            transfer["engine_id"] = f"{Path(settings.scratch).parent.name}-{uuid.uuid4().hex}"
+            identity = model_identity(settings.model, settings.engine)
+            transfer = with_tiers(transfer, settings.tiers, identity)
         config = options.engine_config(parsed, transfer, events=True)
         self._engine = Engine(config, self._server.report)
         samples, step_s = probe(self._engine.core, settings.probe_s, settings.seed)

@@ -10,6 +10,8 @@ TREE = (
     errors.CatalogueError,
     errors.CodecError,
     errors.CurveError,
+    errors.DiskError,
+    errors.DamagedBlockError,
     errors.PlanError,
     errors.SizeError,
     errors.VaultError,

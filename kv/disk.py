@@ -1,0 +1,262 @@
+"""Blocks in files: a folder with a byte budget, whose blocks survive the process.
+
+    ROOT/slot-0/lock                                  held by the process that writes here
+    ROOT/slot-0/FINGERPRINT/TAG/ab/KEY.kv             one block, then 16 bytes of checksum
+
+Each process takes the first slot that nobody holds, so that a restarted engine finds what its
+predecessor stored, and two engines never count each other's bytes. The budget is a slot's, over
+all fingerprints in it: what an older model left is the first to go.
+
+Nothing is synced: a file that a crash of the machine tore fails its checksum, and a block that
+cannot be trusted is removed and computed again. Files are the user's alone (0700, 0600).
+"""
+
+import fcntl
+import hashlib
+import os
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import xxhash
+
+from kv.errors import DamagedBlockError, DiskError
+
+_CHECK_BYTES = 16
+# What a file system gives out at least; files are counted in whole ones.
+_UNIT_BYTES = 4096
+_MOST_SLOTS = 256
+
+
+def file_bytes(block_bytes: int) -> int:
+    """What one block takes of the budget."""
+    return -(-(block_bytes + _CHECK_BYTES) // _UNIT_BYTES) * _UNIT_BYTES
+
+
+class DiskStore:
+    """The blocks of one slot. Every method may be called from any thread.
+
+    A key is the engine's name of a block; `tag` says whose it is (`kv.salt`), so that all blocks
+    of one tenant can be erased, by a process that never saw them stored too.
+    """
+
+    def __init__(self, root: Path, fingerprint: str, budget_bytes: int) -> None:
+        """Take a slot and see what it holds; raises `DiskError` if none can be used."""
+        self._root, self._fingerprint, self._budget_bytes = root, fingerprint, budget_bytes
+        self._lock = threading.Lock()
+        self._files: OrderedDict[Path, tuple[bytes, int]] = OrderedDict()  # the oldest first
+        self._writing: dict[Path, bool] = {}  # False once it was erased meanwhile
+        self._reading: Counter[Path] = Counter()
+        self._removed: list[bytes] = []
+        self._used_bytes = 0
+        try:
+            self._slot, self._held = _take_slot(root)
+            self._scan()
+        except OSError as error:
+            remedy = "set tiers.disk.path to a folder of yours"
+            raise DiskError(str(root), f"cannot be used: {error.strerror}", remedy) from error
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that the slot's files take, those being written included."""
+        return self._used_bytes
+
+    def has(self, tag: str, key: bytes) -> bool:
+        """Whether the block is here to be read, as far as is known without reading it."""
+        return self._path(tag, key) in self._files
+
+    def touch(self, tag: str, key: bytes) -> None:
+        """The block was of use: it is the last to go."""
+        with self._lock, suppress(KeyError):
+            self._files.move_to_end(self._path(tag, key))
+
+    def put(self, tag: str, key: bytes, block: memoryview) -> bool:
+        """Store a block; False if there is no room for it. Raises `OSError` if it cannot be
+        written, and leaves nothing behind then."""
+        path, size = self._path(tag, key), file_bytes(len(block))
+        with self._lock:
+            if path in self._files or path in self._writing:
+                return True
+            if not self._make_room(size):
+                return False
+            self._writing[path] = True
+            self._used_bytes += size
+        draft, kept = path.with_suffix(".tmp"), False
+        try:
+            _write(draft, block, self._check(tag, key, block))
+            with self._lock:
+                if self._writing[path]:
+                    draft.rename(path)
+                    self._files[path], kept = (key, size), True
+        finally:
+            draft.unlink(missing_ok=True)
+            with self._lock:
+                del self._writing[path]
+                self._used_bytes -= 0 if kept else size
+        return True
+
+    def get(self, tag: str, key: bytes, into: memoryview) -> None:
+        """Read a block into `into`, which must not be used if this raises: `DamagedBlockError`
+        for bytes that are not what was stored, `OSError` if they cannot be read. The block is
+        gone then."""
+        path = self._path(tag, key)
+        with self._reads(path):
+            try:
+                check = _read(path, into)
+                if check != self._check(tag, key, into):
+                    raise DamagedBlockError(str(path), "wrong checksum", "it is computed again")
+            except (OSError, DamagedBlockError):
+                with self._lock:
+                    self._drop(path)
+                raise
+        with suppress(OSError):
+            os.utime(path)  # a later process goes by it
+        self.touch(tag, key)
+
+    def erase(self, tag: str) -> int:
+        """Remove every block with this tag, in slots that nobody holds too; returns how many of
+        this slot. Bytes on the medium are released, not overwritten."""
+        folder = _tag_folder(tag)
+        with self._lock:
+            mine = [path for path in self._files if path.parent.parent.name == folder]
+            for path in mine:
+                self._drop(path)
+            for path in self._writing:
+                self._writing[path] &= path.parent.parent.name != folder
+        for path in self._root.glob(f"slot-*/*/{folder}/*/*.kv"):
+            path.unlink(missing_ok=True)
+        return len(mine)
+
+    def clear(self) -> None:
+        """Remove every block of this slot."""
+        with self._lock:
+            for path in list(self._files):
+                self._drop(path)
+            self._writing = dict.fromkeys(self._writing, False)
+
+    def take_removed(self) -> list[bytes]:
+        """Keys of this fingerprint that went since the last call."""
+        with self._lock:
+            removed, self._removed = self._removed, []
+        return removed
+
+    def close(self) -> None:
+        """Give the slot back."""
+        os.close(self._held)
+
+    # ------------------------------------------------------------------ with the lock held
+
+    def _make_room(self, size: int) -> bool:
+        """Remove the oldest blocks until `size` bytes more fit."""
+        excess = self._used_bytes + size - self._budget_bytes
+        going = []
+        for path, (_, file_size) in self._files.items():
+            if excess <= 0:
+                break
+            if not self._reading[path]:
+                going.append(path)
+                excess -= file_size
+        if excess > 0:
+            return False
+        for path in going:
+            self._drop(path)
+        return True
+
+    def _drop(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        key, size = self._files.pop(path, (b"", 0))
+        self._used_bytes -= size
+        if size and path.parents[2].name == self._fingerprint:
+            self._removed.append(key)
+
+    # ------------------------------------------------------------------ without
+
+    def _scan(self) -> None:
+        for draft in self._slot.glob("*/*/*/*.tmp"):
+            draft.unlink(missing_ok=True)
+        found = []
+        for path in self._slot.glob("*/*/*/*.kv"):
+            status = path.stat()
+            found.append((status.st_mtime_ns, path, status.st_size))
+        for _, path, size in sorted(found):
+            whole = file_bytes(size - _CHECK_BYTES)
+            self._files[path] = (bytes.fromhex(path.stem), whole)
+            self._used_bytes += whole
+        with self._lock:
+            self._make_room(0)
+        self._removed.clear()
+
+    @contextmanager
+    def _reads(self, path: Path) -> Iterator[None]:
+        """It is not removed to make room meanwhile: its bytes would stay on the disk."""
+        with self._lock:
+            self._reading[path] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading[path] -= 1
+                self._reading += Counter()  # forgets those at 0
+
+    def _path(self, tag: str, key: bytes) -> Path:
+        name = key.hex()
+        return self._slot / self._fingerprint / _tag_folder(tag) / name[:2] / f"{name}.kv"
+
+    def _check(self, tag: str, key: bytes, block: memoryview) -> bytes:
+        """Over the names too: a file in another's place is damaged."""
+        check = xxhash.xxh3_128(f"{self._fingerprint}/{tag}/".encode() + key)
+        check.update(block)
+        return check.digest()
+
+
+def _tag_folder(tag: str) -> str:
+    return hashlib.sha256(tag.encode()).hexdigest()[:16]
+
+
+def _take_slot(root: Path) -> tuple[Path, int]:
+    """A slot of our own, and the open file that holds it."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for number in range(_MOST_SLOTS):
+        slot = root / f"slot-{number}"
+        slot.mkdir(mode=0o700, exist_ok=True)
+        slot.chmod(0o700)  # one that somebody made by hand
+        held = os.open(slot / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            continue
+        return slot, held
+    raise OSError(0, f"all {_MOST_SLOTS} slots are held")
+
+
+def _write(path: Path, block: memoryview, check: bytes) -> None:
+    for folder in (path.parents[2], path.parents[1], path.parents[0]):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        for part in (block, memoryview(check)):
+            while part:
+                part = part[os.write(file, part) :]
+    finally:
+        os.close(file)
+
+
+def _read(path: Path, into: memoryview) -> bytes:
+    """Fill `into`; returns the checksum behind the block. A file of another size has none."""
+    check = bytearray(_CHECK_BYTES)
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if os.fstat(file).st_size != len(into) + _CHECK_BYTES:
+            return b""
+        for part in (into, memoryview(check)):
+            while part:
+                count = os.readv(file, [part])
+                if count == 0:
+                    return b""
+                part = part[count:]
+    finally:
+        os.close(file)
+    return bytes(check)

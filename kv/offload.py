@@ -1,0 +1,486 @@
+"""The tiers behind an engine's paged KV, as vLLM's offloading framework runs them.
+
+`TieredSpec` is what `OffloadingConnector` loads by `spec_module_path`. The host tier, its
+eviction, the jobs and their order are vLLM's own; so are the workers on GPUs. Ours are: a copy
+worker for CPU engines (vLLM 0.32 has none), a disk tier with a budget and checksums, and a
+manager that ends what the stock one may repeat for ever, and that can erase a tenant.
+
+The only module of `kv` that imports vLLM. tests/flow/test_tiers_contract.py holds the parts of it
+that we lean on to the pinned version.
+"""
+
+import os
+import platform
+import queue
+import time
+from collections.abc import Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import vllm
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    Locality,
+    LookupResult,
+    Medium,
+    OffloadingEvent,
+    OffloadingWorker,
+    OffloadKey,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+    TransferResult,
+)
+from vllm.v1.kv_offload.config import OffloadingConfig
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
+from vllm.v1.kv_offload.tiering.manager import (
+    CPUPrimaryTierOffloadingManager,
+    TieringOffloadingManager,
+)
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+from kv.disk import DiskStore, file_bytes
+from kv.errors import DamagedBlockError, DiskError
+from kv.fingerprint import fingerprint
+from kv.pages import Plane, copy_pages, planes
+from kv.salt import UNTAGGED
+
+logger = init_logger(__name__)
+
+# In a request's kv_transfer_params: the tag of its salt (`kv.salt`).
+TAG = "tag"
+# One complaint a tier and so many seconds: a full disk fails every store.
+_COMPLAIN_EVERY_S = 60.0
+
+
+class TieredSpec(TieringOffloadingSpec):
+    """vLLM's tiering spec on every platform; raises `DiskError` for tiers without room."""
+
+    # Of the base class.
+    _manager: Any
+    _worker: Any
+
+    def __init__(self, config: OffloadingConfig) -> None:
+        super().__init__(config)
+        if self.blocks_per_chunk != 1:
+            raise ValueError(f"{self.blocks_per_chunk} blocks a chunk; one wanted")
+        if self.num_chunks < 1:
+            raise DiskError(
+                "tiers.host",
+                f"{self.extra_config['cpu_bytes_to_use']} bytes hold no block of "
+                f"{self.kv_bytes_per_chunk}",
+                "raise tiers.host.bytes",
+            )
+
+    def get_manager(self) -> "Tiers":
+        if self._manager is None:
+            region = self._region(rank=None)
+            # Every worker has mapped it by now: vLLM initializes them first. Without a name it
+            # goes with its last process, however that ends.
+            if not region._creator:
+                os.unlink(region.mmap_path)
+            primary = CPUPrimaryTierOffloadingManager(
+                num_chunks=self.num_chunks,
+                mmap_region=region,
+                cache_policy=self.eviction_policy,
+                enable_events=self.kv_events_config.enable_kv_cache_events,
+            )
+            view = primary.get_kv_memoryview()
+            create = SecondaryTierFactory.create_secondary_tier
+            tiers = [create(config, view, self) for config in self.secondary_tier_configs]
+            self._manager = Tiers(primary, tiers)
+        manager: Tiers = self._manager
+        return manager
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if current_platform.is_cuda_alike() or current_platform.is_xpu():
+            return super().get_worker(kv_caches)
+        if self._worker is None:
+            rank = 0 if self.replicated_layout else self.config.parallel.rank
+            region = self._region(rank)
+            region._creator = False  # `get_manager` removes the name
+            self._worker = BatchedCopyWorker(kv_caches, region)
+        worker: OffloadingWorker = self._worker
+        return worker
+
+    def _region(self, rank: int | None) -> SharedOffloadRegion:
+        return SharedOffloadRegion(
+            engine_id=self._engine_id,
+            num_chunks=self.num_chunks,
+            rank=rank,
+            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+            cpu_page_size=self.cpu_page_size_per_worker,
+        )
+
+
+# ------------------------------------------------------------------ pages between engine and host
+
+
+class BatchedCopyWorker(OffloadingWorker):
+    """Copies pages of a CPU engine from and to the host tier, on one thread.
+
+    A job is one call into torch (`kv.pages`), which releases the GIL.
+    """
+
+    def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion) -> None:
+        self._region = region
+        tensors = [(t.tensor, t.page_size_bytes) for t in kv_caches.tensors]
+        hosts = [region.create_next_worker_view(page_bytes) for _, page_bytes in tensors]
+        self._groups: list[list[Plane]] = []
+        for refs in kv_caches.group_data_refs:
+            used = sorted({ref.tensor_idx for ref in refs})
+            devices = [tensors[index][0] for index in used]
+            self._groups.append(planes(devices, [hosts[index] for index in used]))
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
+        self._jobs: dict[int, Future[None]] = {}
+        self._finished: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
+
+    def submit_store(
+        self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: CPULoadStoreSpec
+    ) -> bool:
+        return self._submit(job_id, src_spec, dst_spec, store=True)
+
+    def submit_load(
+        self, job_id: int, src_spec: CPULoadStoreSpec, dst_spec: GPULoadStoreSpec
+    ) -> bool:
+        return self._submit(job_id, dst_spec, src_spec, store=False)
+
+    def _submit(
+        self, job_id: int, device: GPULoadStoreSpec, host: CPULoadStoreSpec, store: bool
+    ) -> bool:
+        self._jobs[job_id] = self._pool.submit(self._run, job_id, device, host, store)
+        return True
+
+    def _run(
+        self, job_id: int, device: GPULoadStoreSpec, host: CPULoadStoreSpec, store: bool
+    ) -> None:
+        began = time.perf_counter()
+        copied: int | None = None
+        try:
+            copied = self._copy(device, host.chunk_ids.tolist(), store)
+        except Exception:  # the thread's edge: the engine ends by a job that failed
+            logger.exception("a copy between device and host failed")
+        seconds = time.perf_counter() - began
+        self._finished.put(TransferResult(job_id, copied is not None, copied, seconds))
+
+    def _copy(self, device: GPULoadStoreSpec, chunks: list[int], store: bool) -> int:
+        """Bytes copied. Blocks and chunks come group by group, in the same order."""
+        parts, at = [], 0
+        for group, size in zip(self._groups, device.group_sizes, strict=True):
+            blocks = device.block_ids[at : at + size].tolist()
+            parts += [(plane, blocks, chunks[at : at + size]) for plane in group]
+            at += size
+        return copy_pages(parts, to_host=store)
+
+    def get_finished(self) -> list[TransferResult]:
+        finished = []
+        while not self._finished.empty():
+            finished.append(self._finished.get())
+            self._jobs.pop(finished[-1].job_id, None)
+        return finished
+
+    def wait(self, job_ids: set[int]) -> None:
+        for job_id in job_ids:
+            if (job := self._jobs.get(job_id)) is not None:
+                job.result()
+
+    def shutdown(self) -> None:
+        self._pool.shutdown(wait=True)
+        self._groups.clear()
+        self._region.cleanup()
+
+
+# ------------------------------------------------------------------ host, and what lies behind it
+
+
+@dataclass(slots=True)
+class _Promoted:
+    """Blocks that were fetched into the host tier for one request."""
+
+    keys: set[OffloadKey] = field(default_factory=set)
+
+
+class Tiers(TieringOffloadingManager):
+    """vLLM's manager, with an end to its retries and with erasure. The engine's thread only.
+
+    Stock, a prefix longer than the host tier is fetched for ever: each block fetched displaces
+    one that the request still needs. Here a request has a block fetched once, and half of the
+    host tier at most; what does not fit is a miss.
+    """
+
+    def __init__(
+        self, primary: CPUPrimaryTierOffloadingManager, tiers: list[SecondaryTierManager]
+    ) -> None:
+        super().__init__(primary, tiers)
+        self._most_promoted = max(1, primary._num_chunks // 2)
+        self._tags: dict[OffloadKey, str] = {}
+        self._doomed: set[OffloadKey] = set()
+        self._sealed: set[str] = set()
+
+    def lookup(
+        self, key: OffloadKey, req_context: ReqContext, *, exclude_tier_idx: int | None = None
+    ) -> LookupResult:
+        if key in self._doomed:
+            return LookupResult.MISS
+        return super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+
+    def _initiate_promotion(self, tier_idx: int, key: OffloadKey, req_context: ReqContext) -> bool:
+        promoted = req_context.get_state(_Promoted)
+        if promoted is None:
+            promoted = _Promoted()
+            req_context.set_state(promoted)
+        if key in promoted.keys or len(promoted.keys) >= self._most_promoted:
+            return False
+        started: bool = super()._initiate_promotion(tier_idx, key, req_context)
+        if started:
+            promoted.keys.add(key)
+            self._tag([key], req_context)
+        return started
+
+    def prepare_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        if req_context.req_id in self._sealed:
+            return PrepareStoreOutput([], CPULoadStoreSpec([]), [])
+        output = super().prepare_store(keys, req_context)
+        if output is not None:
+            self._tag(output.keys_to_store, req_context)
+        return output
+
+    def on_request_finished(
+        self, req_context: ReqContext, *, exclude_tier_idx: int | None = None
+    ) -> None:
+        self._sealed.discard(req_context.req_id)
+        super().on_request_finished(req_context, exclude_tier_idx=exclude_tier_idx)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        super().on_schedule_end(context)
+        self._doomed = {key for key in self._doomed if not self._remove(key)}
+
+    def has_pending_work(self) -> bool:
+        return bool(self._doomed) or super().has_pending_work()
+
+    def reset_cache(self) -> None:
+        super().reset_cache()
+        self._tags.clear()
+        self._doomed.clear()
+
+    def seal(self, request_id: str) -> None:
+        """Store no more of this request: its tenant was erased while it ran."""
+        self._sealed.add(request_id)
+
+    def erase(self, tags: Collection[str]) -> int:
+        """Remove every block with one of these tags, overwriting it in host memory; returns how
+        many. Blocks that are being copied go once they have been, and are a miss until then."""
+        keys = [key for key, tag in self._tags.items() if tag in tags]
+        held = [key for key in keys if self.primary_tier._policy.get(key) is not None]
+        self._doomed.update(key for key in held if not self._remove(key))
+        disks = [tier for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
+        return len(held) + sum(disk.store.erase(tag) for disk in disks for tag in tags)
+
+    def clear(self) -> None:
+        """Remove every block; `reset_cache` keeps what is on disk."""
+        for tier in self.secondary_tiers:
+            if isinstance(tier, DiskTier):
+                tier.store.clear()
+
+    def _tag(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
+        tag = tag_of(req_context)
+        self._tags.update((key, tag) for key in keys)
+        if len(self._tags) > 2 * self.primary_tier._num_chunks + 64:
+            policy = self.primary_tier._policy
+            self._tags = {k: t for k, t in self._tags.items() if policy.get(k) is not None}
+
+    def _remove(self, key: OffloadKey) -> bool:
+        """Take a block out of the host tier and overwrite it; False while it is in use."""
+        primary = self.primary_tier
+        chunk = primary._policy.get(key)
+        if chunk is not None and chunk.ref_cnt != 0:
+            return False
+        if chunk is not None:
+            primary._policy.remove(key)
+            primary._num_evictable_cache_chunks -= 1
+            primary._free_chunk(chunk)
+            row = primary.get_kv_memoryview()[chunk.chunk_id : chunk.chunk_id + 1].cast("B")
+            row[:] = bytes(len(row))
+            if primary.events is not None:
+                primary.events.append(OffloadingEvent([key], Medium.CPU, removed=True))
+        self._tags.pop(key, None)
+        return True
+
+
+class DiskTier(SecondaryTierManager):
+    """Blocks in files behind the host tier (`kv.disk`).
+
+    vLLM's `fs` tier has neither a budget nor checksums, asks the file system about each block,
+    and writes what others may read; of it, its thread pool is used here. A block is loadable only
+    once its checksum was verified in the host tier's memory. One that fails is removed, so that
+    the next lookup misses and the engine computes it.
+    """
+
+    medium: ClassVar[Medium] = Medium.STORAGE
+
+    def __init__(
+        self,
+        offloading_spec: TieredSpec,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        path: str,
+        budget_bytes: int,
+        identity: str,
+        backpressure_detector: Any = None,
+    ) -> None:
+        """`identity` says all of the model and its options that the spec does not know."""
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        self.locality = Locality.LOCAL
+        if file_bytes(self._block_size_bytes) > budget_bytes:
+            numbers = f"{budget_bytes} bytes hold no block of {file_bytes(self._block_size_bytes)}"
+            raise DiskError("tiers.disk", numbers, "raise tiers.disk.bytes")
+        self.store = DiskStore(Path(path), layout_of(offloading_spec, identity), budget_bytes)
+        self._pool = DualQueueThreadPool(1, 1, thread_name_prefix="kv-disk")
+        self._jobs: dict[int, TransferJob] = {}
+        self._done: dict[int, list[OffloadKey]] = {}
+        self._events: list[OffloadingEvent] = []
+        self._publishes = offloading_spec.kv_events_config.enable_kv_cache_events
+        self._complained_at = -_COMPLAIN_EVERY_S
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        return RequestOffloadingContext()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        here = self.store.has(tag_of(req_context), key)
+        return LookupResult.HIT if here else LookupResult.MISS
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        for key in reversed(list(keys)):  # a prefix outlives what stands behind it
+            self.store.touch(tag_of(req_context), key)
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        self._jobs[job_metadata.job_id] = job_metadata
+        self._pool.enqueue_store(job_metadata.job_id, 1, [lambda: self._store(job_metadata)])
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        self._jobs[job_metadata.job_id] = job_metadata
+        self._pool.enqueue_load(job_metadata.job_id, 1, [lambda: self._load(job_metadata)])
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        results = []
+        for job_id, _, seconds in self._pool.get_finished():
+            job, done = self._jobs.pop(job_id), self._done.pop(job_id, [])
+            if not job.is_promotion and self._publishes and done:
+                self._events.append(OffloadingEvent(done, self.medium, False, self.locality))
+            results.append(
+                JobResult(
+                    job_id,
+                    success=len(done) == len(job.keys),
+                    successful_keys=tuple(done),
+                    transfer_time=seconds,
+                    transfer_bytes=len(done) * self._block_size_bytes,
+                )
+            )
+        return results
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        removed = [OffloadKey(key) for key in self.store.take_removed()]
+        if removed and self._publishes:
+            self._events.append(OffloadingEvent(removed, self.medium, True, self.locality))
+        events, self._events = self._events, []
+        return events
+
+    def drain_jobs(self) -> None:
+        self._pool.wait_idle()
+
+    def shutdown(self) -> None:
+        self._pool.shutdown(wait=True)
+        self.store.close()
+
+    # ------------------------------------------------------------------ the pool's threads
+
+    def _store(self, job: TransferJob) -> None:
+        done = self._done[job.job_id] = []
+        tag = tag_of(job.req_context)
+        # The end of a prefix first: it is of no use without its start, so it is the older.
+        for key, row in reversed(list(zip(job.keys, job.chunk_ids.tolist(), strict=True))):
+            try:
+                if self.store.put(tag, key, self._row(row)):
+                    done.append(key)
+            except OSError as error:
+                self._complain("stored", len(job.keys) - len(done), error)
+                return
+
+    def _load(self, job: TransferJob) -> None:
+        done = self._done[job.job_id] = []
+        tag = tag_of(job.req_context)
+        failure: Exception | None = None
+        for key, row in zip(job.keys, job.chunk_ids.tolist(), strict=True):
+            try:
+                self.store.get(tag, key, self._row(row))
+                done.append(key)
+            except (OSError, DamagedBlockError) as error:
+                failure = error
+        if failure is not None:
+            failed = len(job.keys) - len(done)
+            logger.warning(
+                "disk tier: %d of %d blocks are removed and computed again: %s",
+                failed,
+                len(job.keys),
+                failure,
+            )
+
+    def _row(self, row: int) -> memoryview:
+        view: memoryview = self._primary_kv_view[row : row + 1].cast("B")
+        return view
+
+    def _complain(self, what: str, blocks: int, error: OSError) -> None:
+        now = time.monotonic()
+        if now - self._complained_at >= _COMPLAIN_EVERY_S:
+            self._complained_at = now
+            logger.warning("disk tier: %d blocks not %s: %s", blocks, what, error)
+
+
+def tag_of(req_context: ReqContext) -> str:
+    """Whose blocks a request names (`kv.salt`)."""
+    tag: str = (req_context.kv_transfer_params or {}).get(TAG, UNTAGGED)
+    return tag
+
+
+def layout_of(spec: TieredSpec, identity: str) -> str:
+    """The fingerprint of what `spec` stores."""
+    config = spec.config
+    groups = [[group.tokens_per_block, *group.layer_names] for group in config.groups]
+    return fingerprint(
+        {
+            "identity": identity,
+            "dtype": config.model.dtype,
+            "layout": config.kv_cache_layout,
+            "groups": groups,
+            "row_bytes": spec.kv_bytes_per_chunk,
+            "ranks": [config.parallel.tp_size, config.parallel.pp_size, config.parallel.world_size],
+            "versions": [vllm.__version__, torch.__version__],
+            "machine": [platform.machine(), _instructions(), current_platform.device_type],
+            # Names of blocks derive from it where it is set.
+            "hash_seed": os.environ.get("PYTHONHASHSEED"),
+        }
+    )
+
+
+def _instructions() -> str:
+    """The instruction sets that a CPU engine chooses its page layout by, or the GPU's name."""
+    if current_platform.is_cuda_alike() or current_platform.is_xpu():
+        return str(current_platform.get_device_name())
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    vectors = ("avx", "amx", "sse4", "asimd", "sve", "bf16")
+    return " ".join(sorted(flag for flag in flags.split() if flag.startswith(vectors)))

@@ -1,0 +1,250 @@
+"""One engine with tiers in a process of its own, which does what a test tells it.
+
+`tiered_engine.py MODEL FOLDER SETTINGS` reads one order a line, `[name, arguments]`, and answers
+each with one line. The engine is configured as a replica's is: NIXL and the tiers beside it.
+"""
+
+import json
+import os
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.app import engine_options, environment
+from cluster.config import load
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK_TOKENS = 32
+# Beyond the last full block, so that a device hit and a restore compute the same tokens.
+TAIL_TOKENS = 5
+
+
+def prompt(seed: int, blocks: int) -> list[int]:
+    """So many full blocks and a tail."""
+    rng = random.Random(seed)
+    return [rng.randrange(1000, 40_000) for _ in range(blocks * BLOCK_TOKENS + TAIL_TOKENS)]
+
+
+class TieredEngine:
+    """The process, seen from a test. `tiers` as in the configuration's section."""
+
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        tiers: dict[str, Any],
+        kv_bytes: int = 1 << 26,
+        role: str = "decode",
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        self.log = folder / "engine.log"
+        env = {**os.environ, **environment(load(None, {}), model, 1), "PYTHONPATH": str(ROOT)}
+        settings = json.dumps({"tiers": tiers, "kv_bytes": kv_bytes, "role": role})
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(model), str(folder), settings],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.started = self._answer()
+
+    def ask(self, name: str, **arguments: Any) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([name, arguments]) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def run(self, seed: int, blocks: int, n: int = 8, salt: str | None = None) -> dict[str, Any]:
+        """Tokens and logprobs of a prompt, and how many of its tokens came from where."""
+        answer: dict[str, Any] = self.ask("run", seed=seed, blocks=blocks, n=n, salt=salt)
+        return answer
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(30)
+
+    def __enter__(self) -> "TieredEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            self.process.wait(60)
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:  # libraries print too
+            if line.startswith("> "):
+                return json.loads(line[2:])
+        raise AssertionError(f"the engine ended; see {self.log}")
+
+
+class Bench:
+    """In the process: an engine without a channel."""
+
+    def __init__(self, model: str, folder: Path, settings: dict[str, Any]) -> None:
+        import msgspec
+
+        from workers import connector
+        from workers.messages import Role
+        from workers.tiers import Tiers, model_identity, with_tiers
+
+        role = Role(settings["role"])
+        self._port = connector.prepare("127.0.0.1", folder / "ucx.log", None)
+        from workers import options
+        from workers.engine import Engine
+
+        connector.calm_progress_thread()
+        config = load(None, {"engine": {"kv_cache_memory_bytes": settings["kv_bytes"]}})
+        pool = config.prefill if role is Role.PREFILL else config.decode
+        engine = {**engine_options(config, pool), "max_model_len": 2048}
+        parsed = options.namespace(model, ("tiny",), engine)
+        tiers = msgspec.convert(settings["tiers"], Tiers)
+        transfer = connector.transfer_config(role, "cpu", 30)
+        if tiers:
+            transfer = with_tiers(transfer, tiers, model_identity(model, engine))
+        self._said: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.engine = Engine(options.engine_config(parsed, transfer, True), self._said.put)
+        self.engine.start()
+        self._names = iter(range(1_000_000))
+
+    def run(
+        self, seed: int, blocks: int, n: int, salt: str | None = None, first_blocks: int = 0
+    ) -> dict[str, Any]:
+        """One request alone; of `first_blocks` and their tail only, if set."""
+        ids = prompt(seed, blocks)
+        if first_blocks:
+            ids = ids[: first_blocks * BLOCK_TOKENS + TAIL_TOKENS]
+        before = self.totals()
+        [answer] = self._answers([ids], n, salt)
+        self.settle()
+        after = self.totals()
+        return answer | {name: after[name] - before[name] for name in after}
+
+    def burst(self, prompts: list[tuple[int, int]], n: int) -> list[list[int]]:
+        """The tokens of several requests at once, each of (seed, blocks)."""
+        answers = self._answers([prompt(*each) for each in prompts], n, None)
+        self.settle()
+        return [answer["tokens"] for answer in answers]
+
+    def _answers(self, prompts: list[list[int]], n: int, salt: str | None) -> list[dict[str, Any]]:
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+        from vllm.v1.serial_utils import MsgpackDecoder
+
+        decoder = MsgpackDecoder(EngineCoreOutput)
+        answers: dict[str, dict[str, Any]] = {}
+        began = time.perf_counter()
+        for ids in prompts:
+            name = str(next(self._names))
+            answers[name] = {"tokens": [], "logprobs": []}
+            params = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, logprobs=0)
+            request = EngineCoreRequest(name, ids, None, params, None, 0.0, None, salt, None)
+            self.engine.add(request)
+        running = set(answers)
+        while running:
+            for delta in self._said.get(timeout=60).deltas:
+                if delta.request_id not in running:
+                    continue
+                assert delta.error is None, delta.error
+                answer = answers[delta.request_id]
+                answer.setdefault("ttft_s", time.perf_counter() - began)
+                if delta.sources:
+                    answer["computed"] = delta.sources.computed_tokens
+                    answer["device"] = delta.sources.device_tokens
+                answer["tokens"] += delta.token_ids
+                if delta.extras:
+                    rows = decoder.decode(delta.extras).new_logprobs.logprobs
+                    answer["logprobs"] += [float(row[0]) for row in rows]
+                if delta.finish_reason is not None:
+                    running.discard(delta.request_id)
+        return list(answers.values())
+
+    def settle(self) -> None:
+        """Wait until nothing is stored or loaded any more."""
+        deadline = time.monotonic() + 60
+        while self._between_steps(self._busy):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def totals(self) -> dict[str, float]:
+        import msgspec
+
+        totals = self._between_steps(self.engine._load).totals
+        return msgspec.structs.asdict(totals)
+
+    def reset(self, host: bool) -> bool:
+        """Drop the device's blocks, and the host tier's; never those on disk."""
+        core = self.engine.core
+        return bool(self._between_steps(lambda: core.reset_prefix_cache(reset_connector=host)))
+
+    def forget(self) -> None:
+        self.engine.forget()
+        self.settle()
+
+    def erase(self, tag: str) -> int:
+        told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.engine.erase((tag,), told.put)
+        erased = told.get(timeout=60)
+        self.settle()
+        return int(erased.blocks)
+
+    def known(self) -> int:
+        """Blocks that the catalogue would be told of as the device's."""
+        return int(self._between_steps(lambda: len(self.engine._mirror)))
+
+    def host_blocks(self) -> int:
+        """Rows of the host tier that hold anything but zeros."""
+        import numpy as np
+
+        view = np.asarray(self.engine._tiers.primary_tier.get_kv_memoryview())
+        return int(self._between_steps(lambda: int(view.any(axis=1).sum())))
+
+    def cores(self, seconds: float) -> float:
+        """Cores that the idle process takes."""
+        time.sleep(0.5)
+        began, spent = time.perf_counter(), time.process_time()
+        time.sleep(seconds)
+        return (time.process_time() - spent) / (time.perf_counter() - began)
+
+    def stop(self) -> None:
+        self.engine.stop(30)
+        self._port.close()
+
+    def _busy(self) -> bool:
+        scheduler = self.engine.core.scheduler
+        return bool(scheduler.has_requests())
+
+    def _between_steps(self, look: Callable[[], Any]) -> Any:
+        found: list[Any] = []
+        seen = threading.Event()
+        self.engine._orders.put(lambda: (found.append(look()), seen.set())[1])
+        assert seen.wait(60)
+        return found[0]
+
+
+def main() -> None:
+    def answer(what: Any) -> None:
+        print("> " + json.dumps(what), flush=True)
+
+    began = time.perf_counter()
+    bench = Bench(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
+    answer({"start_s": time.perf_counter() - began})
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        answer(getattr(bench, name)(**arguments))
+    bench.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kv.disk import DiskStore, file_bytes
+from kv.errors import DamagedBlockError, DiskError
+
+BLOCK = 5000
+FILE = file_bytes(BLOCK)
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(36, "big")
+
+
+def block(number: int) -> memoryview:
+    return memoryview(bytes([number % 251]) * BLOCK)
+
+
+def read(store: DiskStore, number: int, tag: str = "") -> bytes:
+    into = bytearray(BLOCK)
+    store.get(tag, key(number), memoryview(into))
+    return bytes(into)
+
+
+def on_disk(root: Path) -> int:
+    """Bytes that files take, by the file system's own count."""
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != "lock")
+    return sum(path.stat().st_blocks * 512 for path in files)
+
+
+def test_a_block_comes_back_in_this_process_and_the_next(tmp_path: Path) -> None:
+    """What was stored is read again, also by a later store of the same fingerprint."""
+    store = DiskStore(tmp_path, "f", 10 * FILE)
+    assert store.put("", key(1), block(1))
+    assert read(store, 1) == bytes(block(1))
+    store.close()
+    later = DiskStore(tmp_path, "f", 10 * FILE)
+    assert later.has("", key(1))
+    assert not later.has("", key(2))
+    assert later.used_bytes == FILE
+    assert read(later, 1) == bytes(block(1))
+
+
+def test_another_fingerprint_or_tag_finds_nothing(tmp_path: Path) -> None:
+    """A block is found under the fingerprint and the tag that it was stored under."""
+    store = DiskStore(tmp_path, "f", 10 * FILE)
+    store.put("aa", key(1), block(1))
+    assert not store.has("bb", key(1))
+    store.close()
+    assert not DiskStore(tmp_path, "g", 10 * FILE).has("aa", key(1))
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "grow", "swap", "gone"])
+def test_a_damaged_block_is_refused_once_and_then_missed(tmp_path: Path, harm: str) -> None:
+    """Whatever happened to the file, its bytes are not taken, and it is removed: the next
+    lookup misses. A good block in another's place is damaged too."""
+    store = DiskStore(tmp_path, "f", 10 * FILE)
+    store.put("", key(1), block(1))
+    store.put("", key(2), block(2))
+    path, other = (store._path("", key(number)) for number in (1, 2))
+    content = bytearray(path.read_bytes())
+    if harm == "flip":
+        content[BLOCK // 2] ^= 1
+        path.write_bytes(content)
+    elif harm == "cut":
+        path.write_bytes(content[:-1])
+    elif harm == "grow":
+        path.write_bytes(content + b"x")
+    elif harm == "swap":
+        path.write_bytes(other.read_bytes())
+    else:
+        path.unlink()
+    with pytest.raises((DamagedBlockError, FileNotFoundError)):
+        read(store, 1)
+    assert not store.has("", key(1))
+    assert not path.exists()
+    assert store.used_bytes == FILE
+    assert store.take_removed() == [key(1)]
+    assert store.put("", key(1), block(1))
+    assert read(store, 1) == bytes(block(1))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("pgte"), st.integers(0, 12)), max_size=60),
+    st.integers(1, 6),
+)
+@settings(max_examples=30)
+def test_the_budget_holds_whatever_is_done(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]], room: int
+) -> None:
+    """Files never take more than the budget, the count of them is right, and what can be found
+    is what was stored."""
+    root = tmp_path_factory.mktemp("disk")
+    store = DiskStore(root, "f", room * FILE + 100)
+    for what, number in steps:
+        if what == "p":
+            assert store.put("", key(number), block(number))
+        elif what == "g" and store.has("", key(number)):
+            assert read(store, number) == bytes(block(number))
+        elif what == "t":
+            store.touch("", key(number))
+        elif what == "e" and number == 0:
+            store.erase("")
+        assert on_disk(root) <= store.used_bytes <= room * FILE + 100
+    store.close()
+
+
+def test_the_block_that_was_of_use_last_stays(tmp_path: Path) -> None:
+    """Room is made by the oldest; reading and touching a block make it young."""
+    store = DiskStore(tmp_path, "f", 3 * FILE)
+    for number in (1, 2, 3):
+        store.put("", key(number), block(number))
+    read(store, 1)
+    store.touch("", key(2))
+    store.put("", key(4), block(4))
+    assert [store.has("", key(number)) for number in (1, 2, 3, 4)] == [True, True, False, True]
+    assert store.take_removed() == [key(3)]
+
+
+def test_what_is_larger_than_the_budget_is_not_stored(tmp_path: Path) -> None:
+    """No room is no error, and costs no other block."""
+    store = DiskStore(tmp_path, "f", FILE)
+    store.put("", key(1), block(1))
+    assert not store.put("", key(2), memoryview(bytes(3 * BLOCK)))
+    assert store.has("", key(1))
+
+
+def test_older_fingerprints_count_and_go_first(tmp_path: Path) -> None:
+    """A smaller budget, or a new model, finds the slot's old files within its own budget."""
+    old = DiskStore(tmp_path, "old", 5 * FILE)
+    for number in range(5):
+        old.put("", key(number), block(number))
+    old.close()
+    new = DiskStore(tmp_path, "new", 3 * FILE)
+    assert new.used_bytes == on_disk(tmp_path) == 3 * FILE
+    for number in range(3):
+        assert new.put("", key(number), block(number))
+    assert all(new.has("", key(number)) for number in range(3))
+    assert on_disk(tmp_path) == 3 * FILE
+    assert new.take_removed() == []
+
+
+def test_files_are_the_users_alone(tmp_path: Path) -> None:
+    """Folders 0700 and files 0600, whatever the umask."""
+    before = os.umask(0)
+    try:
+        store = DiskStore(tmp_path / "new", "f", FILE)
+        store.put("", key(1), block(1))
+    finally:
+        os.umask(before)
+    for path in [tmp_path / "new", *(tmp_path / "new").rglob("*")]:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o700 if path.is_dir() else 0o600)
+
+
+def test_two_engines_take_two_slots(tmp_path: Path) -> None:
+    """Neither counts or removes the other's; a slot that was given back is taken again."""
+    first, second = DiskStore(tmp_path, "f", FILE), DiskStore(tmp_path, "f", FILE)
+    first.put("", key(1), block(1))
+    assert not second.has("", key(1))
+    first.close()
+    assert DiskStore(tmp_path, "f", FILE).has("", key(1))
+
+
+def test_a_tenants_blocks_go_from_every_slot(tmp_path: Path) -> None:
+    """Also from one that nobody holds, and what was being written meanwhile; others stay."""
+    idle = DiskStore(tmp_path, "f", 9 * FILE)
+    idle.put("aa", key(1), block(1))
+    beside = DiskStore(tmp_path, "f", 9 * FILE)
+    for tag in ("aa", "bb"):
+        beside.put(tag, key(2), block(2))
+    idle.close()
+    assert beside.erase("aa") == 1
+    left = list(tmp_path.rglob("*.kv"))
+    assert len(left) == 1
+    assert beside.has("bb", key(2))
+    assert beside.used_bytes == FILE
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is an error of that block; its room is given back and it can be stored later."""
+    store = DiskStore(tmp_path, "f", 2 * FILE)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kv.disk.os.write", full)
+        with pytest.raises(OSError, match="No space"):
+            store.put("", key(1), block(1))
+    assert store.used_bytes == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert store.put("", key(1), block(1))
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, "f", 2 * FILE)
+    store.put("", key(1), block(1))
+    draft = store._path("", key(2)).with_suffix(".tmp")
+    draft.parent.mkdir(exist_ok=True)
+    draft.write_bytes(b"half")
+    store.close()
+    DiskStore(tmp_path, "f", 2 * FILE)
+    assert not draft.exists()
+
+
+def test_threads_share_a_store(tmp_path: Path) -> None:
+    """Reads, writes and evictions at once: a read gives the block or says that it is gone."""
+    store = DiskStore(tmp_path, "f", 4 * FILE)
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for step in range(150):
+            number = (seed * 7 + step * 3) % 9
+            store.put("", key(number), block(number))
+            try:
+                if read(store, number) != bytes(block(number)):
+                    wrong.append(number)
+            except OSError:
+                pass
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert on_disk(tmp_path) == store.used_bytes <= 4 * FILE
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    """The error names the folder and the setting."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"tiers\.disk\.path"):
+        DiskStore(tmp_path / "file", "f", FILE)

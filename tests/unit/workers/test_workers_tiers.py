@@ -1,0 +1,87 @@
+import msgspec
+import pytest
+
+from workers.connector import transfer_config
+from workers.messages import Role
+from workers.tiers import (
+    STAGING_BYTES,
+    DiskTier,
+    HostTier,
+    Tiers,
+    model_identity,
+    with_hints,
+    with_tiers,
+)
+
+HOST, DISK = HostTier(bytes=1 << 20), DiskTier(path="/x", bytes=1 << 21)
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_handoffs_keep_their_settings_beside_tiers(role: Role) -> None:
+    """NIXL comes first and as it was; what else reads the transfer's settings finds them."""
+    alone = transfer_config(role, "cpu", 30)
+    both = with_tiers(alone, Tiers(host=HOST), "model")
+    nixl, offload = both["kv_connector_extra_config"]["connectors"]
+    assert nixl == alone
+    assert offload["kv_connector"] == "OffloadingConnector"
+    assert both["kv_connector"] == "MultiConnector"
+    assert both["kv_role"] == alone["kv_role"]
+    assert both["kv_load_failure_policy"] == offload["kv_load_failure_policy"] == "recompute"
+    assert both["kv_connector_extra_config"]["kv_lease_duration"] == 30
+
+
+def test_an_engine_id_is_given_once() -> None:
+    """vLLM hands the outer one to each connector and refuses a second."""
+    both = with_tiers({**transfer_config(Role.DECODE, "cpu", 30), "engine_id": "e"}, Tiers(), "m")
+    assert both["engine_id"] == "e"
+    assert all("engine_id" not in c for c in both["kv_connector_extra_config"]["connectors"])
+
+
+def test_each_tier_is_optional() -> None:
+    """Without a host tier, disk blocks pass through a staging area; without both, nothing."""
+
+    def offloading(tiers: Tiers) -> dict[str, object]:
+        transfer = with_tiers(transfer_config(Role.DECODE, "cpu", 30), tiers, "model")
+        extra: dict[str, object] = transfer["kv_connector_extra_config"]["connectors"][1]
+        return extra["kv_connector_extra_config"]  # type: ignore[return-value]
+
+    assert not Tiers()
+    assert "secondary_tiers" not in offloading(Tiers(host=HOST))
+    only_disk = offloading(Tiers(disk=DISK))
+    assert only_disk["cpu_bytes_to_use"] == STAGING_BYTES
+    [disk] = only_disk["secondary_tiers"]  # type: ignore[misc]
+    assert (disk["path"], disk["budget_bytes"]) == ("/x", 1 << 21)
+    assert offloading(Tiers(host=HOST, disk=DISK))["cpu_bytes_to_use"] == 1 << 20
+
+
+def test_a_request_with_a_handoff_leaves_the_tiers_alone() -> None:
+    """The connector takes from one source a request; its own parameters stay as they are."""
+    handoff = {"do_remote_prefill": True, "remote_engine_id": "p"}
+    assert with_hints(handoff, "aa") == {**handoff, "tag": "aa", "max_load_tokens": 0}
+    assert with_hints({"do_remote_decode": True}, "")["do_remote_decode"]
+    assert with_hints(None, "aa") == {"tag": "aa"}
+    assert "tag" not in handoff
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"host": {"bytes": 0}},
+        {"host": {}},
+        {"disk": {"bytes": 5}},
+        {"disk": {"path": "", "bytes": 5}},
+        {"vault": {}},
+        {"host": {"bytes": 5, "gib": 1}},
+    ],
+)
+def test_what_is_not_a_tier_is_refused(wrong: dict[str, object]) -> None:
+    """Unknown keys, missing ones, and sizes that hold nothing."""
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(wrong, Tiers)
+
+
+def test_a_model_is_known_by_its_options_too(tmp_path: object) -> None:
+    """An option that may change a page's bytes is another identity."""
+    plain = model_identity(str(tmp_path), {"dtype": "float32", "max_num_seqs": 4})
+    assert plain == model_identity(str(tmp_path), {"dtype": "float32", "max_num_seqs": 8})
+    assert plain != model_identity(str(tmp_path), {"dtype": "bfloat16"})

@@ -1,0 +1,115 @@
+"""Tiers behind an engine's paged KV: what may be set, and what vLLM is told of it.
+
+The connector takes KV from one source a request. A request with a handoff takes nothing from the
+tiers, and one without may take all that they have.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from kv.fingerprint import engine_facts, fingerprint, folder_identity, snapshot_identity
+
+# Shared memory through which disk blocks pass where no host tier is set.
+STAGING_BYTES = 268_435_456
+
+# Requests that neither read the tiers nor leave anything there (`workers.probe`).
+NO_TIERS: dict[str, Any] = {"max_load_tokens": 0, "max_offload_tokens": 0}
+
+
+class HostTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Shared memory of one replica."""
+
+    bytes: Annotated[int, Meta(ge=1)]
+
+
+class DiskTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Files of one replica below `path`."""
+
+    path: Annotated[str, Meta(min_length=1)]
+    bytes: Annotated[int, Meta(ge=1)]
+
+
+class Tiers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where evicted blocks stay; nothing is kept where neither is set."""
+
+    host: HostTier | None = None
+    disk: DiskTier | None = None
+
+    def __bool__(self) -> bool:
+        return self.host is not None or self.disk is not None
+
+
+def with_tiers(transfer: Mapping[str, Any], tiers: Tiers, identity: str) -> dict[str, Any]:
+    """vLLM's `kv_transfer_config` of a replica that has tiers beside its handoffs.
+
+    `transfer` is the one for handoffs alone; `identity` names the model and its options for
+    blocks that outlive the process.
+    """
+    nixl = {name: value for name, value in transfer.items() if name != "engine_id"}
+    offload = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": transfer["kv_load_failure_policy"],
+        "kv_connector_extra_config": _offloading(tiers, identity),
+    }
+    return {
+        **transfer,
+        "kv_connector": "MultiConnector",
+        # What else reads the transfer's settings finds them where they were.
+        "kv_connector_extra_config": {
+            **transfer["kv_connector_extra_config"],
+            "connectors": [nixl, offload],
+        },
+    }
+
+
+def model_identity(model: str, options: Mapping[str, object]) -> str:
+    """The model, its revision, and the engine options that may change a block's bytes."""
+    folder = Path(model)
+    if folder.is_dir():
+        name = folder_identity(folder)
+    else:
+        name = snapshot_identity(model, _cached_commit(model, options.get("revision")))
+    return fingerprint({"model": name, "options": engine_facts(options)})
+
+
+def with_hints(params: Mapping[str, Any] | None, tag: str) -> dict[str, Any]:
+    """A request's `kv_transfer_params` with what the tiers are to know: whose it is, and to keep
+    out of the way of a handoff."""
+    hints: dict[str, Any] = {**(params or {}), "tag": tag}
+    if hints.get("do_remote_prefill"):
+        hints["max_load_tokens"] = 0
+    return hints
+
+
+def _offloading(tiers: Tiers, identity: str) -> dict[str, Any]:
+    extra: dict[str, Any] = {
+        "spec_name": "TieredSpec",
+        "spec_module_path": "kv.offload",
+        "cpu_bytes_to_use": tiers.host.bytes if tiers.host else STAGING_BYTES,
+        # An answer is part of the conversation's next prompt.
+        "offload_prompt_only": False,
+    }
+    if tiers.disk is not None:
+        extra["secondary_tiers"] = [
+            {
+                "type": "DiskTier",
+                "module_path": "kv.offload",
+                "path": tiers.disk.path,
+                "budget_bytes": tiers.disk.bytes,
+                "identity": identity,
+            }
+        ]
+    return extra
+
+
+def _cached_commit(model: str, revision: Any) -> str | None:
+    """The commit of a hub's model that lies in the local cache, by the folder it lies in."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "config.json", revision=revision or None)
+    return Path(found).parent.name if isinstance(found, str) else None
