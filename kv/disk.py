@@ -106,7 +106,7 @@ class DiskStore:
             try:
                 check = _read(path, into)
                 if check != self._check(tag, key, into):
-                    raise DamagedBlockError(str(path), "wrong checksum", "it is computed again")
+                    raise DamagedBlockError(str(path), "its checksum is another", "recompute it")
             except (OSError, DamagedBlockError):
                 with self._lock:
                     self._drop(path)

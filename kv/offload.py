@@ -432,7 +432,7 @@ class DiskTier(SecondaryTierManager):
         if failure is not None:
             failed = len(job.keys) - len(done)
             logger.warning(
-                "disk tier: %d of %d blocks are removed and computed again: %s",
+                "disk tier: %d of %d blocks could not be read and are removed: %s",
                 failed,
                 len(job.keys),
                 failure,

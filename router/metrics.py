@@ -148,6 +148,8 @@ class FleetMetrics(Collector):
         )
         totals = [totals for _, totals in self._counted()]
         tokens.add_metric(["device"], sum(t.prompt_tokens_device for t in totals))
+        tokens.add_metric(["host"], sum(t.prompt_tokens_host for t in totals))
+        tokens.add_metric(["disk"], sum(t.prompt_tokens_disk for t in totals))
         tokens.add_metric(["computed"], sum(t.prompt_tokens_computed for t in totals))
         return tokens
 
@@ -165,7 +167,12 @@ class FleetMetrics(Collector):
         for lane, (n_bytes, seconds) in by_lane.items():
             moved.add_metric(["device", lane], n_bytes)
             spent.add_metric(["device", lane], seconds)
-        failed.add_metric([], sum(totals.failed_transfers for _, totals in self._counted()))
+        totals = [totals for _, totals in self._counted()]
+        for tier in ("host", "disk"):
+            n_bytes = sum(getattr(each, f"{tier}_loaded_bytes") for each in totals)
+            if n_bytes:
+                moved.add_metric([tier, "local"], n_bytes)
+        failed.add_metric([], sum(each.failed_transfers + each.failed_loads for each in totals))
         yield moved
         yield spent
         yield failed

@@ -378,8 +378,11 @@ class _Counters:
         if not self._tiered:
             self._observe_handoffs(seen)
             return
-        self._observe_handoffs(seen.get("NixlConnector", {}))
-        self._observe_tiers(seen.get("OffloadingConnector", {}).get("data", {}))
+        for connector, each in seen.items():
+            if connector == OffloadingConnector.__name__:
+                self._observe_tiers(each.get("data", {}))
+            else:
+                self._observe_handoffs(each)
         hits = stats.connector_prefix_cache_stats
         for source, tokens in (hits.hits_by_source if hits else {}).items():
             self._add(_SOURCES.get(source, "prompt_tokens_received"), tokens)

@@ -1,10 +1,12 @@
-"""One replica in a process of its own, without Ray: `replica_process.py NAME ROLE MODEL FOLDER`.
+"""One replica in a process of its own, without Ray:
+`replica_process.py NAME ROLE MODEL FOLDER TIERS`, the last as in the configuration.
 
 Writes who it is to FOLDER/NAME.json once it serves, and ends on SIGTERM.
 """
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -20,16 +23,19 @@ from cluster.config import load
 from workers.curve import server_keys
 from workers.messages import Replica, Role
 from workers.replica import ReplicaProcess, ReplicaSettings
+from workers.tiers import Tiers
 
 SECRET = b"of this test".ljust(32)
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextlib.contextmanager
-def replicas(model: Path, folder: Path) -> Iterator[tuple[Replica, Replica]]:
+def replicas(
+    model: Path, folder: Path, tiers: dict[str, Any] | None = None
+) -> Iterator[tuple[Replica, Replica]]:
     """A prefill and a decode replica that serve."""
     env = {**os.environ, **environment(load(None, {}), model, 1), "PYTHONPATH": str(ROOT)}
-    started = [_start(role, model, folder, env) for role in Role]
+    started = [_start(role, model, folder, env, tiers or {}) for role in Role]
     try:
         yield (_await(folder, "prefill-0", started[0]), _await(folder, "decode-0", started[1]))
     finally:
@@ -39,8 +45,11 @@ def replicas(model: Path, folder: Path) -> Iterator[tuple[Replica, Replica]]:
             process.wait(30)
 
 
-def _start(role: Role, model: Path, folder: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, __file__, f"{role}-0", role, str(model), str(folder)]
+def _start(
+    role: Role, model: Path, folder: Path, env: dict[str, str], tiers: dict[str, Any]
+) -> "subprocess.Popen[bytes]":
+    words = [f"{role}-0", role, str(model), str(folder), json.dumps(tiers)]
+    command = [sys.executable, __file__, *words]
     with (folder / f"{role}.log").open("w") as log:
         return subprocess.Popen(command, env=env, stderr=log)
 
@@ -54,7 +63,7 @@ def _await(folder: Path, name: str, process: subprocess.Popen[bytes]) -> Replica
     return msgspec.json.decode(path.read_bytes(), type=Replica)
 
 
-async def _serve(name: str, role: str, model: str, folder: Path) -> None:
+async def _serve(name: str, role: str, model: str, folder: Path, tiers: Tiers) -> None:
     config = load(None, {"engine": {"kv_cache_memory_bytes": 1 << 26}})
     pool = config.prefill if role == Role.PREFILL else config.decode
     settings = ReplicaSettings(
@@ -66,6 +75,7 @@ async def _serve(name: str, role: str, model: str, folder: Path) -> None:
         channel_keys=server_keys(SECRET),
         scratch=str(folder),
         probe_s=0.5,
+        tiers=tiers,
     )
     process = await asyncio.to_thread(ReplicaProcess, name, settings)
     serving = asyncio.create_task(process.serve())
@@ -79,4 +89,5 @@ async def _serve(name: str, role: str, model: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])))
+    wanted = msgspec.json.decode(sys.argv[5], type=Tiers)
+    asyncio.run(_serve(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]), wanted))

@@ -14,11 +14,16 @@ from workers.curve import client_keys
 from workers.messages import Inbox, Link, Replica
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["handoffs", "tiers"])
 def pair(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
 ) -> Iterator[tuple[Replica, Replica]]:
-    with replicas(tiny_model, tmp_path_factory.mktemp("replicas")) as started:
+    """Replicas that hand off, and such that have tiers as well."""
+    folder, tiers = tmp_path_factory.mktemp("replicas"), None
+    if request.param == "tiers":
+        disk = {"path": str(folder / "disk"), "bytes": 1 << 26}
+        tiers = {"host": {"bytes": 1 << 25}, "disk": disk}
+    with replicas(tiny_model, folder, tiers) as started:
         yield started
 
 

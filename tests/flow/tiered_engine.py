@@ -40,12 +40,15 @@ class TieredEngine:
         folder: Path,
         tiers: dict[str, Any],
         kv_bytes: int = 1 << 26,
+        max_model_len: int = 1536,
         role: str = "decode",
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.log = folder / "engine.log"
         env = {**os.environ, **environment(load(None, {}), model, 1), "PYTHONPATH": str(ROOT)}
-        settings = json.dumps({"tiers": tiers, "kv_bytes": kv_bytes, "role": role})
+        settings = json.dumps(
+            {"tiers": tiers, "kv_bytes": kv_bytes, "max_model_len": max_model_len, "role": role}
+        )
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, str(model), str(folder), settings],
@@ -99,15 +102,15 @@ class Bench:
         from workers.messages import Role
         from workers.tiers import Tiers, model_identity, with_tiers
 
-        role = Role(settings["role"])
         self._port = connector.prepare("127.0.0.1", folder / "ucx.log", None)
         from workers import options
         from workers.engine import Engine
 
         connector.calm_progress_thread()
         config = load(None, {"engine": {"kv_cache_memory_bytes": settings["kv_bytes"]}})
+        role = Role(settings["role"])
         pool = config.prefill if role is Role.PREFILL else config.decode
-        engine = {**engine_options(config, pool), "max_model_len": 2048}
+        engine = {**engine_options(config, pool), "max_model_len": settings["max_model_len"]}
         parsed = options.namespace(model, ("tiny",), engine)
         tiers = msgspec.convert(settings["tiers"], Tiers)
         transfer = connector.transfer_config(role, "cpu", 30)
@@ -117,6 +120,8 @@ class Bench:
         self.engine = Engine(options.engine_config(parsed, transfer, True), self._said.put)
         self.engine.start()
         self._names = iter(range(1_000_000))
+        self._preempted = 0
+        self._count_preemptions(self.engine.core.scheduler)
 
     def run(
         self, seed: int, blocks: int, n: int, salt: str | None = None, first_blocks: int = 0
@@ -125,9 +130,30 @@ class Bench:
         ids = prompt(seed, blocks)
         if first_blocks:
             ids = ids[: first_blocks * BLOCK_TOKENS + TAIL_TOKENS]
+        return self._counted(ids, n, salt)
+
+    def handoff(self, seed: int, blocks: int) -> dict[str, Any]:
+        """Compute a prompt and keep it for another engine; its answer has a `handoff`."""
+        from workers.connector import KEEP_FOR_DECODE
+
+        return self._counted(prompt(seed, blocks), 1, None, KEEP_FOR_DECODE, settle=False)
+
+    def take(self, seed: int, blocks: int, handoff: dict[str, Any]) -> dict[str, Any]:
+        """Answer behind another engine's handoff."""
+        return self._counted(prompt(seed, blocks), 8, None, handoff)
+
+    def _counted(
+        self,
+        ids: list[int],
+        n: int,
+        salt: str | None,
+        params: dict[str, Any] | None = None,
+        settle: bool = True,
+    ) -> dict[str, Any]:
         before = self.totals()
-        [answer] = self._answers([ids], n, salt)
-        self.settle()
+        [answer] = self._answers([ids], n, salt, params)
+        if settle:
+            self.settle()
         after = self.totals()
         return answer | {name: after[name] - before[name] for name in after}
 
@@ -137,10 +163,18 @@ class Bench:
         self.settle()
         return [answer["tokens"] for answer in answers]
 
-    def _answers(self, prompts: list[list[int]], n: int, salt: str | None) -> list[dict[str, Any]]:
+    def _answers(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        salt: str | None,
+        transfer: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
         from vllm.sampling_params import SamplingParams
         from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
         from vllm.v1.serial_utils import MsgpackDecoder
+
+        from kv.salt import tag_of
 
         decoder = MsgpackDecoder(EngineCoreOutput)
         answers: dict[str, dict[str, Any]] = {}
@@ -149,7 +183,10 @@ class Bench:
             name = str(next(self._names))
             answers[name] = {"tokens": [], "logprobs": []}
             params = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, logprobs=0)
+            if transfer is not None:
+                params.extra_args = {"kv_transfer_params": dict(transfer)}
             request = EngineCoreRequest(name, ids, None, params, None, 0.0, None, salt, None)
+            request.session_id = tag_of(salt)
             self.engine.add(request)
         running = set(answers)
         while running:
@@ -163,12 +200,23 @@ class Bench:
                     answer["computed"] = delta.sources.computed_tokens
                     answer["device"] = delta.sources.device_tokens
                 answer["tokens"] += delta.token_ids
+                if delta.handoff is not None:
+                    answer["handoff"] = delta.handoff
                 if delta.extras:
                     rows = decoder.decode(delta.extras).new_logprobs.logprobs
                     answer["logprobs"] += [float(row[0]) for row in rows]
                 if delta.finish_reason is not None:
                     running.discard(delta.request_id)
         return list(answers.values())
+
+    def _count_preemptions(self, scheduler: Any) -> None:
+        preempt = scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._preempted += 1
+            return preempt(*args, **kwargs)
+
+        scheduler._preempt_request = counted
 
     def settle(self) -> None:
         """Wait until nothing is stored or loaded any more."""
@@ -202,6 +250,10 @@ class Bench:
     def known(self) -> int:
         """Blocks that the catalogue would be told of as the device's."""
         return int(self._between_steps(lambda: len(self.engine._mirror)))
+
+    def preemptions(self) -> int:
+        """How often a request had to give its blocks up."""
+        return self._preempted
 
     def host_blocks(self) -> int:
         """Rows of the host tier that hold anything but zeros."""

@@ -1,0 +1,137 @@
+"""Which parts of vLLM's offloading framework `kv.offload` and `workers.tiers` lean on."""
+
+import inspect
+from dataclasses import fields
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import multi_connector
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading import metrics, scheduler, worker
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm.v1.core.sched import scheduler as core_scheduler
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.kv_offload.base import OffloadingWorker, ReqContext, TransferResult, make_offload_key
+from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.base import (
+    JobResult,
+    SecondaryTierManager,
+    TieringOffloadingMetrics,
+    TransferJob,
+)
+from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+from kv.offload import TAG, BatchedCopyWorker, DiskTier, TieredSpec, Tiers
+from workers.engine import _TIER_METRICS
+from workers.tiers import NO_TIERS, with_hints
+
+
+def test_our_classes_leave_nothing_abstract() -> None:
+    """A new version that asks for another method is seen here, not at an engine's start."""
+    for kind in (TieredSpec, Tiers, DiskTier, BatchedCopyWorker):
+        assert not getattr(kind, "__abstractmethods__", frozenset())
+
+
+def test_what_we_override_is_still_called_so() -> None:
+    """A method that upstream renamed would silently be its own again."""
+    of_the_manager = "lookup _initiate_promotion prepare_store on_request_finished"
+    of_the_manager += " on_schedule_end has_pending_work reset_cache"
+    overridden = {
+        TieringOffloadingSpec: (TieredSpec, ["get_manager", "get_worker"]),
+        TieringOffloadingManager: (Tiers, of_the_manager.split()),
+        SecondaryTierManager: (DiskTier, ["lookup", "touch", "submit_store", "submit_load"]),
+        OffloadingWorker: (BatchedCopyWorker, ["submit_store", "submit_load", "get_finished"]),
+    }
+    for theirs, (ours, names) in overridden.items():
+        for name in names:
+            assert name in vars(ours)
+            assert _parameters(getattr(ours, name)) == _parameters(getattr(theirs, name)), name
+
+
+def test_a_refused_promotion_is_a_miss() -> None:
+    """What ends a request's retries: `_initiate_promotion` answers False."""
+    source = inspect.getsource(TieringOffloadingManager.lookup)
+    assert "MISS if not promoted" in source
+
+
+def test_the_shared_region_keeps_its_name_and_its_creator() -> None:
+    """`TieredSpec` removes the name once everybody has mapped it; `down` sweeps by its form."""
+    source = inspect.getsource(SharedOffloadRegion.__init__)
+    assert 'f"/dev/shm/vllm_offload_{engine_id}.mmap"' in source
+    assert "self._creator = True" in source
+    assert "0o600" in source
+
+
+def test_workers_map_the_region_before_the_scheduler() -> None:
+    """So the scheduler may remove the name: KV caches come first in the engine's constructor."""
+    source = inspect.getsource(EngineCore.__init__)
+    assert source.index("_initialize_kv_caches(") < source.index("self.scheduler")
+
+
+def test_the_host_tier_has_what_the_erasure_uses() -> None:
+    """Chunks by key, reference counts, and where free ones go."""
+    source = inspect.getsource(CPUOffloadingManager)
+    for name in ("self._policy", "self._num_evictable_cache_chunks", "_free_chunk", "self.events"):
+        assert name in source
+    assert {"get", "remove"} <= set(vars(LRUCachePolicy))
+
+
+def test_a_key_is_a_hash_and_its_group_as_in_the_block_pool() -> None:
+    """Tiers and device name blocks alike, and a key fills a file name."""
+    name = b"h" * 32
+    assert make_offload_key(name, 3) == make_block_hash_with_group_id(name, 3)  # type: ignore[arg-type]
+    assert len(make_offload_key(name, 3)) == 36
+
+
+def test_hints_are_read_where_we_put_them() -> None:
+    """Upper bounds of what is loaded and stored, and the request's parameters for tiers."""
+    source = inspect.getsource(scheduler.RequestOffloadState)
+    assert all(f'"{name}"' in source for name in NO_TIERS)
+    assert "kv_transfer_params" in {each.name for each in fields(ReqContext)}
+    assert TAG in with_hints(None, "aa")
+    assert "self.kv_transfer_params" in inspect.getsource(core_scheduler.Request.__init__)
+
+
+def test_jobs_and_results_have_the_fields_that_we_fill() -> None:
+    """Also that a promotion may succeed in part."""
+    assert {"job_id", "keys", "chunk_ids", "req_context", "is_promotion"} <= _fields(TransferJob)
+    assert {"job_id", "success", "successful_keys", "transfer_time"} <= _fields(JobResult)
+    assert {"job_id", "success", "transfer_size", "transfer_time"} == _fields(TransferResult)
+    assert "assert transfer_result.success" in inspect.getsource(worker)
+
+
+def test_tiers_are_loaded_by_module_path() -> None:
+    """The spec and the disk tier by class name, with what else the configuration says."""
+    config = {"type": "DiskTier", "module_path": "kv.offload"}
+    assert SecondaryTierFactory.get_tier_class(config) is DiskTier
+    assert {"enqueue_load", "enqueue_store", "get_finished", "wait_idle"} <= set(
+        vars(DualQueueThreadPool)
+    )
+
+
+def test_connectors_are_found_and_counted_by_name() -> None:
+    """`workers.engine` finds the manager and tells the two connectors' statistics apart."""
+    assert isinstance(multi_connector.MultiConnector.sub_connectors, property)
+    assert isinstance(OffloadingConnector.scheduler, property)
+    source = inspect.getsource(multi_connector.MultiConnector.get_kv_connector_stats)
+    assert "__class__.__name__" in source
+    known = set(vars(metrics._TransferMetricName).values())
+    known |= set(vars(TieringOffloadingMetrics).values())
+    assert set(_TIER_METRICS) <= known
+    assert metrics._StatsKey.DATA == "data"
+
+
+def test_an_engine_steps_while_a_tier_works() -> None:
+    """Jobs of requests that ended are finished too."""
+    assert "has_pending_push_work" in inspect.getsource(core_scheduler.Scheduler.has_requests)
+
+
+def _parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def _fields(kind: type) -> set[str]:
+    return {each.name for each in fields(kind)}
