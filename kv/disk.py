@@ -18,6 +18,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import xxhash
@@ -28,6 +29,9 @@ _CHECK_BYTES = 16
 # What a file system gives out at least; files are counted in whole ones.
 _UNIT_BYTES = 4096
 _MOST_SLOTS = 256
+
+# A tag's folder and a key.
+_Name = tuple[str, bytes]
 
 
 def file_bytes(block_bytes: int) -> int:
@@ -46,9 +50,11 @@ class DiskStore:
         """Take a slot and see what it holds; raises `DiskError` if none can be used."""
         self._root, self._fingerprint, self._budget_bytes = root, fingerprint, budget_bytes
         self._lock = threading.Lock()
-        self._files: OrderedDict[Path, tuple[bytes, int]] = OrderedDict()  # the oldest first
-        self._writing: dict[Path, bool] = {}  # False once it was erased meanwhile
-        self._reading: Counter[Path] = Counter()
+        # Bytes by the tag's folder and the key, the oldest first; and what others left here.
+        self._files: OrderedDict[_Name, int] = OrderedDict()
+        self._foreign: dict[Path, int] = {}
+        self._writing: dict[_Name, bool] = {}  # False once it was erased meanwhile
+        self._reading: Counter[_Name] = Counter()
         self._removed: list[bytes] = []
         self._used_bytes = 0
         try:
@@ -65,35 +71,36 @@ class DiskStore:
 
     def has(self, tag: str, key: bytes) -> bool:
         """Whether the block is here to be read, as far as is known without reading it."""
-        return self._path(tag, key) in self._files
+        return (_folder(tag), key) in self._files
 
     def touch(self, tag: str, key: bytes) -> None:
         """The block was of use: it is the last to go."""
         with self._lock, suppress(KeyError):
-            self._files.move_to_end(self._path(tag, key))
+            self._files.move_to_end((_folder(tag), key))
 
     def put(self, tag: str, key: bytes, block: memoryview) -> bool:
         """Store a block; False if there is no room for it. Raises `OSError` if it cannot be
         written, and leaves nothing behind then."""
-        path, size = self._path(tag, key), file_bytes(len(block))
+        name, size = (_folder(tag), key), file_bytes(len(block))
         with self._lock:
-            if path in self._files or path in self._writing:
+            if name in self._files or name in self._writing:
                 return True
             if not self._make_room(size):
                 return False
-            self._writing[path] = True
+            self._writing[name] = True
             self._used_bytes += size
+        path = self._path(name)
         draft, kept = path.with_suffix(".tmp"), False
         try:
             _write(draft, block, self._check(tag, key, block))
             with self._lock:
-                if self._writing[path]:
+                if self._writing[name]:
                     draft.rename(path)
-                    self._files[path], kept = (key, size), True
+                    self._files[name], kept = size, True
         finally:
             draft.unlink(missing_ok=True)
             with self._lock:
-                del self._writing[path]
+                del self._writing[name]
                 self._used_bytes -= 0 if kept else size
         return True
 
@@ -101,15 +108,16 @@ class DiskStore:
         """Read a block into `into`, which must not be used if this raises: `DamagedBlockError`
         for bytes that are not what was stored, `OSError` if they cannot be read. The block is
         gone then."""
-        path = self._path(tag, key)
-        with self._reads(path):
+        name = (_folder(tag), key)
+        path = self._path(name)
+        with self._reads(name):
             try:
                 check = _read(path, into)
                 if check != self._check(tag, key, into):
                     raise DamagedBlockError(str(path), "its checksum is another", "recompute it")
             except (OSError, DamagedBlockError):
                 with self._lock:
-                    self._drop(path)
+                    self._drop(name)
                 raise
         with suppress(OSError):
             os.utime(path)  # a later process goes by it
@@ -118,26 +126,28 @@ class DiskStore:
     def erase(self, tag: str) -> int:
         """Remove every block with this tag, in slots that nobody holds too; returns how many of
         this slot. Bytes on the medium are released, not overwritten."""
-        folder = _tag_folder(tag)
+        folder = _folder(tag)
         with self._lock:
-            mine = [path for path in self._files if path.parent.parent.name == folder]
-            for path in mine:
-                self._drop(path)
-            for path in self._writing:
-                self._writing[path] &= path.parent.parent.name != folder
+            mine = [name for name in self._files if name[0] == folder]
+            for name in mine:
+                self._drop(name)
+            for name in self._writing:
+                self._writing[name] &= name[0] != folder
+            for path in [path for path in self._foreign if path.parent.parent.name == folder]:
+                self._used_bytes -= self._foreign.pop(path)
         for path in self._root.glob(f"slot-*/*/{folder}/*/*.kv"):
             path.unlink(missing_ok=True)
         return len(mine)
 
     def clear(self) -> None:
-        """Remove every block of this slot."""
+        """Remove every block of this slot and fingerprint."""
         with self._lock:
-            for path in list(self._files):
-                self._drop(path)
+            for name in list(self._files):
+                self._drop(name)
             self._writing = dict.fromkeys(self._writing, False)
 
     def take_removed(self) -> list[bytes]:
-        """Keys of this fingerprint that went since the last call."""
+        """Keys that went since the last call."""
         with self._lock:
             removed, self._removed = self._removed, []
         return removed
@@ -149,60 +159,63 @@ class DiskStore:
     # ------------------------------------------------------------------ with the lock held
 
     def _make_room(self, size: int) -> bool:
-        """Remove the oldest blocks until `size` bytes more fit."""
+        """Remove what others left, then the oldest blocks, until `size` bytes more fit."""
         excess = self._used_bytes + size - self._budget_bytes
-        going = []
-        for path, (_, file_size) in self._files.items():
+        going: list[_Name] = []
+        while excess > 0 and self._foreign:
+            path, freed = self._foreign.popitem()
+            path.unlink(missing_ok=True)
+            self._used_bytes -= freed
+            excess -= freed
+        for name, freed in self._files.items():
             if excess <= 0:
                 break
-            if not self._reading[path]:
-                going.append(path)
-                excess -= file_size
+            if not self._reading[name]:
+                going.append(name)
+                excess -= freed
         if excess > 0:
             return False
-        for path in going:
-            self._drop(path)
+        for name in going:
+            self._drop(name)
         return True
 
-    def _drop(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
-        key, size = self._files.pop(path, (b"", 0))
-        self._used_bytes -= size
-        if size and path.parents[2].name == self._fingerprint:
-            self._removed.append(key)
+    def _drop(self, name: _Name) -> None:
+        self._path(name).unlink(missing_ok=True)
+        if name in self._files:
+            self._used_bytes -= self._files.pop(name)
+            self._removed.append(name[1])
 
     # ------------------------------------------------------------------ without
 
     def _scan(self) -> None:
         for draft in self._slot.glob("*/*/*/*.tmp"):
             draft.unlink(missing_ok=True)
-        found = []
-        for path in self._slot.glob("*/*/*/*.kv"):
-            status = path.stat()
-            found.append((status.st_mtime_ns, path, status.st_size))
-        for _, path, size in sorted(found):
-            whole = file_bytes(size - _CHECK_BYTES)
-            self._files[path] = (bytes.fromhex(path.stem), whole)
-            self._used_bytes += whole
-        with self._lock:
-            self._make_room(0)
+        found = [(path.stat(), path) for path in self._slot.glob("*/*/*/*.kv")]
+        for status, path in sorted(found, key=lambda each: each[0].st_mtime_ns):
+            size = file_bytes(status.st_size - _CHECK_BYTES)
+            self._used_bytes += size
+            if path.parents[2].name == self._fingerprint:
+                self._files[path.parents[1].name, bytes.fromhex(path.stem)] = size
+            else:
+                self._foreign[path] = size
+        self._make_room(0)
         self._removed.clear()
 
     @contextmanager
-    def _reads(self, path: Path) -> Iterator[None]:
+    def _reads(self, name: _Name) -> Iterator[None]:
         """It is not removed to make room meanwhile: its bytes would stay on the disk."""
         with self._lock:
-            self._reading[path] += 1
+            self._reading[name] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._reading[path] -= 1
+                self._reading[name] -= 1
                 self._reading += Counter()  # forgets those at 0
 
-    def _path(self, tag: str, key: bytes) -> Path:
-        name = key.hex()
-        return self._slot / self._fingerprint / _tag_folder(tag) / name[:2] / f"{name}.kv"
+    def _path(self, name: _Name) -> Path:
+        folder, key = name[0], name[1].hex()
+        return self._slot / self._fingerprint / folder / key[:2] / f"{key}.kv"
 
     def _check(self, tag: str, key: bytes, block: memoryview) -> bytes:
         """Over the names too: a file in another's place is damaged."""
@@ -211,7 +224,8 @@ class DiskStore:
         return check.digest()
 
 
-def _tag_folder(tag: str) -> str:
+@cache
+def _folder(tag: str) -> str:
     return hashlib.sha256(tag.encode()).hexdigest()[:16]
 
 

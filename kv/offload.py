@@ -362,9 +362,10 @@ class DiskTier(SecondaryTierManager):
         here = self.store.has(tag_of(req_context), key)
         return LookupResult.HIT if here else LookupResult.MISS
 
-    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        for key in reversed(list(keys)):  # a prefix outlives what stands behind it
-            self.store.touch(tag_of(req_context), key)
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        tag = tag_of(req_context)
+        for key in _ends_first(req_context._offload_key_positions, req_context):
+            self.store.touch(tag, key)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         self._jobs[job_metadata.job_id] = job_metadata
@@ -410,10 +411,10 @@ class DiskTier(SecondaryTierManager):
     def _store(self, job: TransferJob) -> None:
         done = self._done[job.job_id] = []
         tag = tag_of(job.req_context)
-        # The end of a prefix first: it is of no use without its start, so it is the older.
-        for key, row in reversed(list(zip(job.keys, job.chunk_ids.tolist(), strict=True))):
+        rows = dict(zip(job.keys, job.chunk_ids.tolist(), strict=True))
+        for key in _ends_first(rows, job.req_context):
             try:
-                if self.store.put(tag, key, self._row(row)):
+                if self.store.put(tag, key, self._row(rows[key])):
                     done.append(key)
             except OSError as error:
                 self._complain("stored", len(job.keys) - len(done), error)
@@ -447,6 +448,13 @@ class DiskTier(SecondaryTierManager):
         if now - self._complained_at >= _COMPLAIN_EVERY_S:
             self._complained_at = now
             logger.warning("disk tier: %d blocks not %s: %s", blocks, what, error)
+
+
+def _ends_first(keys: Iterable[OffloadKey], req_context: ReqContext) -> list[OffloadKey]:
+    """Blocks of a request from its end to its start, which makes the start the youngest: what is
+    behind a block is of no use without it. vLLM hands stored keys over in no order."""
+    position = req_context.get_offload_key_position
+    return sorted(keys, key=lambda key: position(key) or 0, reverse=True)
 
 
 def tag_of(req_context: ReqContext) -> str:

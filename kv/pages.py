@@ -28,9 +28,9 @@ def planes(devices: Sequence[torch.Tensor], hosts: Sequence[torch.Tensor]) -> li
     for end in range(1, len(devices) + 1):
         if end < len(devices) and _continues(devices, hosts, first, end):
             continue
-        device, host = _stacked(devices[first:end]), _stacked(hosts[first:end])
+        device, host = _in_words(_stacked(devices[first:end]), _stacked(hosts[first:end]))
         page_bytes = (end - first) * devices[first].shape[1]
-        made.append(Plane(_words(device).unbind(0), _words(host).unbind(0), page_bytes))
+        made.append(Plane(device.unbind(0), host.unbind(0), page_bytes))
         first = end
     return made
 
@@ -76,8 +76,13 @@ def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return first.as_strided(size, (first.stride(0), apart, 1), first.storage_offset())
 
 
-def _words(rows: torch.Tensor) -> torch.Tensor:
-    """The same bytes eight at a time, where they are aligned."""
-    numbers = (rows.shape[2], rows.stride(0), rows.stride(1), rows.storage_offset())
-    aligned = rows.data_ptr() % 8 == 0 and all(number % 8 == 0 for number in numbers)
-    return rows.view(torch.int64) if aligned else rows
+def _in_words(*sides: torch.Tensor) -> list[torch.Tensor]:
+    """The same bytes eight at a time, where those of both sides are aligned."""
+    if all(_aligned(side) for side in sides):
+        return [side.view(torch.int64) for side in sides]
+    return list(sides)
+
+
+def _aligned(rows: torch.Tensor) -> bool:
+    numbers = (rows.data_ptr(), rows.shape[2], *rows.stride()[:2], rows.storage_offset())
+    return all(number % 8 == 0 for number in numbers)

@@ -167,12 +167,12 @@ class FleetMetrics(Collector):
         for lane, (n_bytes, seconds) in by_lane.items():
             moved.add_metric(["device", lane], n_bytes)
             spent.add_metric(["device", lane], seconds)
-        totals = [totals for _, totals in self._counted()]
+        every = [totals for _, totals in self._counted()]
         for tier in ("host", "disk"):
-            n_bytes = sum(getattr(each, f"{tier}_loaded_bytes") for each in totals)
+            n_bytes = sum(getattr(each, f"{tier}_loaded_bytes") for each in every)
             if n_bytes:
                 moved.add_metric([tier, "local"], n_bytes)
-        failed.add_metric([], sum(each.failed_transfers + each.failed_loads for each in totals))
+        failed.add_metric([], sum(each.failed_transfers + each.failed_loads for each in every))
         yield moved
         yield spent
         yield failed

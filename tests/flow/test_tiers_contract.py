@@ -42,7 +42,7 @@ def test_what_we_override_is_still_called_so() -> None:
     overridden = {
         TieringOffloadingSpec: (TieredSpec, ["get_manager", "get_worker"]),
         TieringOffloadingManager: (Tiers, of_the_manager.split()),
-        SecondaryTierManager: (DiskTier, ["lookup", "touch", "submit_store", "submit_load"]),
+        SecondaryTierManager: (DiskTier, ["lookup", "submit_store", "submit_load"]),
         OffloadingWorker: (BatchedCopyWorker, ["submit_store", "submit_load", "get_finished"]),
     }
     for theirs, (ours, names) in overridden.items():
@@ -90,7 +90,7 @@ def test_hints_are_read_where_we_put_them() -> None:
     """Upper bounds of what is loaded and stored, and the request's parameters for tiers."""
     source = inspect.getsource(scheduler.RequestOffloadState)
     assert all(f'"{name}"' in source for name in NO_TIERS)
-    assert "kv_transfer_params" in {each.name for each in fields(ReqContext)}
+    assert {"kv_transfer_params", "_offload_key_positions"} <= _fields(ReqContext)
     assert TAG in with_hints(None, "aa")
     assert "self.kv_transfer_params" in inspect.getsource(core_scheduler.Request.__init__)
 

@@ -28,6 +28,11 @@ def read(store: DiskStore, number: int, tag: str = "") -> bytes:
     return bytes(into)
 
 
+def file_of(root: Path, number: int) -> Path:
+    [path] = root.rglob(f"{key(number).hex()}.kv")
+    return path
+
+
 def on_disk(root: Path) -> int:
     """Bytes that files take, by the file system's own count."""
     files = (path for path in root.rglob("*") if path.is_file() and path.name != "lock")
@@ -63,7 +68,7 @@ def test_a_damaged_block_is_refused_once_and_then_missed(tmp_path: Path, harm: s
     store = DiskStore(tmp_path, "f", 10 * FILE)
     store.put("", key(1), block(1))
     store.put("", key(2), block(2))
-    path, other = (store._path("", key(number)) for number in (1, 2))
+    path, other = (file_of(tmp_path, number) for number in (1, 2))
     content = bytearray(path.read_bytes())
     if harm == "flip":
         content[BLOCK // 2] ^= 1
@@ -202,8 +207,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
     store = DiskStore(tmp_path, "f", 2 * FILE)
     store.put("", key(1), block(1))
-    draft = store._path("", key(2)).with_suffix(".tmp")
-    draft.parent.mkdir(exist_ok=True)
+    draft = file_of(tmp_path, 1).with_name("half.tmp")
     draft.write_bytes(b"half")
     store.close()
     DiskStore(tmp_path, "f", 2 * FILE)
