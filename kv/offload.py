@@ -105,14 +105,17 @@ class TieredSpec(TieringOffloadingSpec):
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if current_platform.is_cuda_alike() or current_platform.is_xpu():
-            return super().get_worker(kv_caches)
+            worker: Any = super().get_worker(kv_caches)
+            worker._mmap_region._creator = False
+            stock: OffloadingWorker = worker
+            return stock
         if self._worker is None:
             rank = 0 if self.replicated_layout else self.config.parallel.rank
             region = self._region(rank)
             region._creator = False  # `get_manager` removes the name
             self._worker = BatchedCopyWorker(kv_caches, region)
-        worker: OffloadingWorker = self._worker
-        return worker
+        ours: OffloadingWorker = self._worker
+        return ours
 
     def _region(self, rank: int | None) -> SharedOffloadRegion:
         return SharedOffloadRegion(

@@ -238,7 +238,8 @@ class Engine:
 
     def _erase(self, tags: Sequence[str], receiver: Callable[[Erased], None]) -> None:
         erased = self._erasure.erase(tags)
-        logger.info("%d blocks erased, %d of them in use", erased.blocks, erased.in_use)
+        words = "%d blocks erased, %d of them in use, and %d in tiers"
+        logger.info(words, erased.blocks, erased.in_use, erased.in_tiers)
         self._report({})
         receiver(erased)
 

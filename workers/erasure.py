@@ -25,10 +25,12 @@ _CONCEALED = "concealed"
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """`blocks` lost their names; `in_use` of them are overwritten once their readers end."""
+    """`blocks` lost their names; `in_use` of them are overwritten once their readers end. Tiers
+    lost `in_tiers`, of the same blocks or of others."""
 
     blocks: int
     in_use: int
+    in_tiers: int = 0
 
 
 class Erasure:
@@ -110,7 +112,7 @@ class Erasure:
         in_use = sum(page.ref_cnt > 0 for page in pages)
         self.sweep()
         in_tiers = 0 if self._tiers is None else self._tiers.erase(tags)
-        return Erased(len(pages) + in_tiers, in_use)
+        return Erased(len(pages), in_use, in_tiers)
 
     def sweep(self) -> None:
         """Overwrite pages whose readers have ended. To be called between steps, before the next

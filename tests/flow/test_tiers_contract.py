@@ -10,6 +10,7 @@ from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.core.sched import scheduler as core_scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_offload.base import OffloadingWorker, ReqContext, TransferResult, make_offload_key
+from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
@@ -63,6 +64,7 @@ def test_the_shared_region_keeps_its_name_and_its_creator() -> None:
     assert 'f"/dev/shm/vllm_offload_{engine_id}.mmap"' in source
     assert "self._creator = True" in source
     assert "0o600" in source
+    assert "self._mmap_region = mmap_region" in inspect.getsource(CPUOffloadingWorker)
 
 
 def test_workers_map_the_region_before_the_scheduler() -> None:

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
-from cluster.app import engine_options
+from cluster.app import _placed, engine_options
 from cluster.cli import _change, _overrides, _parser
 from cluster.config import DEFAULT, Config, load
 from cluster.errors import ConfigError
 from cluster.home import ROOT
 from cluster.status import describe, is_configured
+from workers.tiers import DiskTier, HostTier, Tiers
 
 
 def test_the_default_file_loads_and_is_the_reference() -> None:
@@ -57,6 +58,10 @@ def test_options_of_the_command_line_come_last(tmp_path: Path) -> None:
     [
         ("prefil: {replicas: 1}", "prefil"),
         ("prefill: {replica: 1}", "replica"),
+        ("tiers: {vault: {bytes: 1}}", "vault"),
+        ("tiers: {host: {gib: 1}}", "tiers.host"),
+        ("tiers: {host: {bytes: 0}}", "tiers.host.bytes"),
+        ("tiers: {disk: {bytes: 1}}", "path"),
         ("prefill: {replicas: -1}", "prefill.replicas"),
         ("prefill: {replicas: many}", "prefill.replicas"),
         ("ingress: {port: 0}", "ingress.port"),
@@ -81,6 +86,19 @@ def test_a_wrong_file_is_refused_with_the_key(tmp_path: Path, text: str, says: s
         load(path, {})
     assert says in str(caught.value)
     assert "wrong.yaml" in str(caught.value)
+
+
+def test_tiers_are_off_unless_set_and_their_folder_does_not_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path is one of the folder in which `serve` was called: replicas run elsewhere."""
+    assert not load(None, {}).tiers
+    path = tmp_path / "a.yaml"
+    path.write_text("tiers: {host: {bytes: 5}, disk: {path: blocks, bytes: 7}}")
+    monkeypatch.chdir(tmp_path)
+    placed = _placed(load(path, {}).tiers)
+    disk = DiskTier(path=str(tmp_path / "blocks"), bytes=7)
+    assert placed == Tiers(host=HostTier(bytes=5), disk=disk)
 
 
 def test_gpus_of_a_replica_are_its_ranks() -> None:

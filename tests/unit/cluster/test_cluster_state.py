@@ -37,6 +37,22 @@ def test_torn_state_is_no_state(tmp_path: Path) -> None:
     assert state.read() is None
 
 
+def test_sweep_removes_host_tiers_of_this_run_alone(tmp_path: Path) -> None:
+    """An engine that died while it started leaves one by its run folder's name."""
+    run_dir = tmp_path / "breakeven-abc"
+    run_dir.mkdir()
+    mine, other = (Path(f"/dev/shm/vllm_offload_{name}-1.mmap") for name in (run_dir.name, "other"))
+    try:
+        for path in (mine, other):
+            path.write_bytes(b"x")
+        local_ray.sweep(run_dir, keep_logs=False)
+        assert not mine.exists()
+        assert other.exists()
+    finally:
+        other.unlink(missing_ok=True)
+        mine.unlink(missing_ok=True)
+
+
 def test_sweep_ends_exactly_the_processes_of_a_run_folder(tmp_path: Path) -> None:
     """A process with a file open in the run folder is ended, another is not."""
     run_dir, other_dir = tmp_path / "run", tmp_path / "other"
