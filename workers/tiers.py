@@ -98,7 +98,7 @@ def _offloading(tiers: Tiers, identity: str) -> dict[str, Any]:
         extra["secondary_tiers"] = [
             {
                 "type": "DiskTier",
-                "module_path": "kv.offload",
+                "module_path": "kv.offload_disk",
                 "path": tiers.disk.path,
                 "budget_bytes": tiers.disk.bytes,
                 "identity": identity,

@@ -25,7 +25,8 @@ from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from kv.offload import TAG, BatchedCopyWorker, DiskTier, TieredSpec, Tiers
+from kv.offload import BatchedCopyWorker, TieredSpec, Tiers
+from kv.offload_disk import TAG, DiskTier
 from workers.engine import _TIER_METRICS
 from workers.tiers import NO_TIERS, with_hints
 
@@ -107,7 +108,7 @@ def test_jobs_and_results_have_the_fields_that_we_fill() -> None:
 
 def test_tiers_are_loaded_by_module_path() -> None:
     """The spec and the disk tier by class name, with what else the configuration says."""
-    config = {"type": "DiskTier", "module_path": "kv.offload"}
+    config = {"type": "DiskTier", "module_path": "kv.offload_disk"}
     assert SecondaryTierFactory.get_tier_class(config) is DiskTier
     assert {"enqueue_load", "enqueue_store", "get_finished", "wait_idle"} <= set(
         vars(DualQueueThreadPool)

@@ -1,0 +1,213 @@
+"""The disk tier as vLLM's offloading framework sees it (`kv.disk` has the files).
+
+vLLM's `fs` tier has neither a budget nor checksums, asks the file system about each block, and
+writes what others may read; of it, the thread pool is used here.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import vllm
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.base import (
+    Locality,
+    LookupResult,
+    Medium,
+    OffloadingEvent,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+)
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+from kv.disk import DiskStore, file_bytes
+from kv.errors import DamagedBlockError, DiskError
+from kv.fingerprint import fingerprint
+from kv.salt import UNTAGGED
+
+logger = init_logger(__name__)
+
+# In a request's kv_transfer_params: the tag of its salt (`kv.salt`).
+TAG = "tag"
+# One complaint a tier and so many seconds: a full disk fails every store.
+_COMPLAIN_EVERY_S = 60.0
+
+
+class DiskTier(SecondaryTierManager):
+    """Blocks in files behind the host tier (`kv.disk`).
+
+    A block is loadable only once its checksum was verified in the host tier's memory. One that
+    fails is removed, so that the next lookup misses and the engine computes it.
+    """
+
+    medium: ClassVar[Medium] = Medium.STORAGE
+
+    def __init__(
+        self,
+        offloading_spec: TieringOffloadingSpec,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        path: str,
+        budget_bytes: int,
+        identity: str,
+        backpressure_detector: Any = None,
+    ) -> None:
+        """`identity` says all of the model and its options that the spec does not know."""
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        self.locality = Locality.LOCAL
+        if file_bytes(self._block_size_bytes) > budget_bytes:
+            numbers = f"{budget_bytes} bytes hold no block of {file_bytes(self._block_size_bytes)}"
+            raise DiskError("tiers.disk", numbers, "raise tiers.disk.bytes")
+        self.store = DiskStore(Path(path), layout_of(offloading_spec, identity), budget_bytes)
+        self._pool = DualQueueThreadPool(1, 1, thread_name_prefix="kv-disk")
+        self._jobs: dict[int, TransferJob] = {}
+        self._done: dict[int, list[OffloadKey]] = {}
+        self._events: list[OffloadingEvent] = []
+        self._publishes = offloading_spec.kv_events_config.enable_kv_cache_events
+        self._complained_at = -_COMPLAIN_EVERY_S
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        return RequestOffloadingContext()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        here = self.store.has(tag_of(req_context), key)
+        return LookupResult.HIT if here else LookupResult.MISS
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        tag = tag_of(req_context)
+        for key in _ends_first(req_context._offload_key_positions, req_context):
+            self.store.touch(tag, key)
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        self._jobs[job_metadata.job_id] = job_metadata
+        self._pool.enqueue_store(job_metadata.job_id, 1, [lambda: self._store(job_metadata)])
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        self._jobs[job_metadata.job_id] = job_metadata
+        self._pool.enqueue_load(job_metadata.job_id, 1, [lambda: self._load(job_metadata)])
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        results = []
+        for job_id, _, seconds in self._pool.get_finished():
+            job, done = self._jobs.pop(job_id), self._done.pop(job_id, [])
+            if not job.is_promotion and self._publishes and done:
+                self._events.append(OffloadingEvent(done, self.medium, False, self.locality))
+            results.append(
+                JobResult(
+                    job_id,
+                    success=len(done) == len(job.keys),
+                    successful_keys=tuple(done),
+                    transfer_time=seconds,
+                    transfer_bytes=len(done) * self._block_size_bytes,
+                )
+            )
+        return results
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        removed = [OffloadKey(key) for key in self.store.take_removed()]
+        if removed and self._publishes:
+            self._events.append(OffloadingEvent(removed, self.medium, True, self.locality))
+        events, self._events = self._events, []
+        return events
+
+    def drain_jobs(self) -> None:
+        self._pool.wait_idle()
+
+    def shutdown(self) -> None:
+        self._pool.shutdown(wait=True)
+        self.store.close()
+
+    # ------------------------------------------------------------------ the pool's threads
+
+    def _store(self, job: TransferJob) -> None:
+        done = self._done[job.job_id] = []
+        tag = tag_of(job.req_context)
+        rows = dict(zip(job.keys, job.chunk_ids.tolist(), strict=True))
+        for key in _ends_first(rows, job.req_context):
+            try:
+                if self.store.put(tag, key, self._row(rows[key])):
+                    done.append(key)
+            except OSError as error:
+                self._complain("stored", len(job.keys) - len(done), error)
+                return
+
+    def _load(self, job: TransferJob) -> None:
+        done = self._done[job.job_id] = []
+        tag = tag_of(job.req_context)
+        failure: Exception | None = None
+        for key, row in zip(job.keys, job.chunk_ids.tolist(), strict=True):
+            try:
+                self.store.get(tag, key, self._row(row))
+                done.append(key)
+            except (OSError, DamagedBlockError) as error:
+                failure = error
+        if failure is not None:
+            failed = len(job.keys) - len(done)
+            logger.warning(
+                "disk tier: %d of %d blocks could not be read and are removed: %s",
+                failed,
+                len(job.keys),
+                failure,
+            )
+
+    def _row(self, row: int) -> memoryview:
+        view: memoryview = self._primary_kv_view[row : row + 1].cast("B")
+        return view
+
+    def _complain(self, what: str, blocks: int, error: OSError) -> None:
+        now = time.monotonic()
+        if now - self._complained_at >= _COMPLAIN_EVERY_S:
+            self._complained_at = now
+            logger.warning("disk tier: %d blocks not %s: %s", blocks, what, error)
+
+
+def _ends_first(keys: Iterable[OffloadKey], req_context: ReqContext) -> list[OffloadKey]:
+    """Blocks of a request from its end to its start, which makes the start the youngest: what is
+    behind a block is of no use without it. vLLM hands stored keys over in no order."""
+    position = req_context.get_offload_key_position
+    return sorted(keys, key=lambda key: position(key) or 0, reverse=True)
+
+
+def tag_of(req_context: ReqContext) -> str:
+    """Whose blocks a request names (`kv.salt`)."""
+    tag: str = (req_context.kv_transfer_params or {}).get(TAG, UNTAGGED)
+    return tag
+
+
+def layout_of(spec: TieringOffloadingSpec, identity: str) -> str:
+    """The fingerprint of what `spec` stores."""
+    config = spec.config
+    groups = [[group.tokens_per_block, *group.layer_names] for group in config.groups]
+    return fingerprint(
+        {
+            "identity": identity,
+            "dtype": config.model.dtype,
+            "layout": config.kv_cache_layout,
+            "groups": groups,
+            "row_bytes": spec.kv_bytes_per_chunk,
+            "ranks": [config.parallel.tp_size, config.parallel.pp_size, config.parallel.world_size],
+            "versions": [vllm.__version__, torch.__version__],
+            "machine": [platform.machine(), _instructions(), current_platform.device_type],
+            # Names of blocks derive from it where it is set.
+            "hash_seed": os.environ.get("PYTHONHASHSEED"),
+        }
+    )
+
+
+def _instructions() -> str:
+    """The instruction sets that a CPU engine chooses its page layout by, or the GPU's name."""
+    if current_platform.is_cuda_alike() or current_platform.is_xpu():
+        return str(current_platform.get_device_name())
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    vectors = ("avx", "amx", "sse4", "asimd", "sve", "bf16")
+    return " ".join(sorted(flag for flag in flags.split() if flag.startswith(vectors)))
