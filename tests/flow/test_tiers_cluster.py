@@ -3,6 +3,7 @@
 import os
 import signal
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def _ask(cluster: Cluster, first: int) -> list[int]:
 
 
 def _from(cluster: Cluster, source: str) -> float:
-    return cluster.metrics().get(f'breakeven_prompt_tokens_total{{source="{source}"}}', 0.0)
+    time.sleep(1.5)  # a replica tells at least once a second
+    return cluster.metrics()[f'breakeven_prompt_tokens_total{{source="{source}"}}']
 
 
 def test_tiers_from_the_file_to_the_metrics(
