@@ -38,9 +38,13 @@ class Stream(threading.Thread):
             answer = self._connection.getresponse()
             self.status = answer.status
             self.plan = answer.headers.get("x-breakeven-plan", "")
+            done = self.status != 200
             for line in iter(answer.readline, b""):
+                done = done or line.startswith(b"data: [DONE]")
                 if line.startswith(b"data: {"):
                     self._take(json.loads(line[6:]))
+            # A connection that is lost in mid-answer looks to http.client like the end of it.
+            self.error = self.error or (None if done else "cut off")
         except (OSError, http.client.HTTPException) as error:  # the thread's edge: tests look
             self.error = repr(error)
         finally:
