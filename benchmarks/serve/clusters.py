@@ -28,8 +28,8 @@ from cluster.model import ensure_default_model
 from tests.tiny_model import cached_tiny_model
 
 READY_S = 240.0
-# After a pause: heartbeats, health checks and re-subscriptions have caught up.
-SETTLE_S = 2.0
+# After a pause: what stood still has been missed (3 s), met anew and caught up.
+SETTLE_S = 6.0
 # Of a cluster that is ready: what its start left behind has calmed down.
 CALM_S = 3.0
 _DRAIN_S = 5.0
@@ -43,6 +43,8 @@ class Server:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+    # The path that answers 200 once requests would be served.
+    ready: str
 
     def processes(self) -> list[psutil.Process]:
         root = psutil.Process(self.process.pid)
@@ -64,9 +66,9 @@ class Server:
             _signal(stopped, signal.SIGCONT)
 
     def rested(self) -> None:
-        """Return once it answers again after a pause."""
+        """Return once it serves again after a pause: what stood still meets anew."""
         time.sleep(SETTLE_S)
-        _await(self, self.url + "/v1/models")
+        _await(self, self.url + self.ready)
 
 
 def cpu_s(processes: list[psutil.Process]) -> float:
@@ -164,12 +166,12 @@ def _running(
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
         )
-    server = Server(name, process, f"http://127.0.0.1:{port}", log)
+    ready = "/readyz" if "cluster" in command else "/health"
+    server = Server(name, process, f"http://127.0.0.1:{port}", log, ready)
     began_s = time.monotonic()
     print(f"    {name}: starting", flush=True)
     try:
-        probe = "/readyz" if "cluster" in command else "/health"
-        _await(server, server.url + probe)
+        _await(server, server.url + ready)
         print(f"    {name}: ready in {time.monotonic() - began_s:.0f} s", flush=True)
         time.sleep(CALM_S)
     except BaseException:
