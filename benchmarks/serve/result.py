@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -117,7 +117,7 @@ def forget(quick: bool, part: str) -> None:
 def commit() -> str:
     """HEAD, and a digest of what the working tree changes in it; results do not count."""
     head = _git("rev-parse", "--short", "HEAD").strip()
-    outside = ("--", ".", ":!benchmarks/*/results")
+    outside = ("--", ".", ":!benchmarks/*/results/*")
     changes = _git("diff", "HEAD", *outside)
     for name in _git("ls-files", "--others", "--exclude-standard", *outside).splitlines():
         changes += name + (ROOT / name).read_text(errors="replace")
@@ -133,20 +133,32 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(rows: Sequence[Row], quick: bool) -> Path:
-    """The report; a smoke run has one of its own, beside the recorded one."""
+def write(parts: Mapping[str, Sequence[Row]], quick: bool) -> Path:
+    """The report: the rows of these parts, and those of others as they were recorded, each with
+    the commit that it was measured at. A smoke run has a report of its own."""
     path = RESULTS / ("quick.json" if quick else "latest.json")
+    others = [row for row in _recorded(path) if row["part"] not in parts]
+    at = commit()
+    rows = [{**asdict(row), "part": part, "commit": at} for part in parts for row in parts[part]]
     raw = RESULTS / ("raw-quick" if quick else "raw")
     report = {
         "machine": machine(),
-        "commit": commit(),
+        "commit": at,
         "date": _now(),
-        "rows": [asdict(row) for row in rows],
+        "rows": sorted([*others, *rows], key=lambda row: str(row["part"])),
         "raw": sorted(str(each.relative_to(HERE)) for each in raw.glob("*.json")),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     return path
+
+
+def _recorded(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    except FileNotFoundError:
+        return []
+    return rows
 
 
 def _now() -> str:

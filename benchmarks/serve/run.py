@@ -33,17 +33,18 @@ def main() -> int:
     arguments = _parser(QUICK_PARTS if quick else PARTS).parse_args()
     # As Ctrl-C: the servers that were started are ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    rows: list[Row] = []
+    parts: dict[str, list[Row]] = {}
     failed = []
     for part in PARTS:
         try:
-            rows += _rows(part, quick, part in arguments.only, arguments.fresh)
+            if rows := _rows(part, quick, part in arguments.only, arguments.fresh):
+                parts[part] = rows
         except Exception as error:  # one part's edge: the others are measured all the same
             failed.append(part)
             print(f"    {part} failed: {type(error).__name__}: {error}", flush=True)
-    path = write(rows, quick)
+    path = write(parts, quick)
     plots.draw(RESULTS, quick)
-    for row in rows:
+    for row in (row for rows in parts.values() for row in rows):
         print(row.line())
     print(f"written to {path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
