@@ -98,7 +98,7 @@ class DiskStore:
                     draft.rename(path)
                     self._files[name], kept = size, True
         finally:
-            draft.unlink(missing_ok=True)
+            _unlink(draft)
             with self._lock:
                 del self._writing[name]
                 self._used_bytes -= 0 if kept else size
@@ -125,7 +125,8 @@ class DiskStore:
 
     def erase(self, tag: str) -> int:
         """Remove every block with this tag, in slots that nobody holds too; returns how many of
-        this slot. Bytes on the medium are released, not overwritten."""
+        this slot. Bytes on the medium are released, not overwritten. Raises `DiskError` if files
+        are left; none of them is found by this process any more."""
         folder = _folder(tag)
         with self._lock:
             mine = [name for name in self._files if name[0] == folder]
@@ -135,8 +136,11 @@ class DiskStore:
                 self._writing[name] &= name[0] != folder
             for path in [path for path in self._foreign if path.parent.parent.name == folder]:
                 self._used_bytes -= self._foreign.pop(path)
-        for path in self._root.glob(f"slot-*/*/{folder}/*/*.kv"):
-            path.unlink(missing_ok=True)
+        found = self._root.glob(f"slot-*/*/{folder}/*/*.kv")
+        left = [error for path in found if (error := _unlink(path)) is not None]
+        if left:
+            numbers = f"{len(left)} files of an erased tenant are left: {left[0].strerror}"
+            raise DiskError(str(self._root), numbers, "make it writable and erase again")
         return len(mine)
 
     def clear(self) -> None:
@@ -164,7 +168,7 @@ class DiskStore:
         going: list[_Name] = []
         while excess > 0 and self._foreign:
             path, freed = self._foreign.popitem()
-            path.unlink(missing_ok=True)
+            _unlink(path)
             self._used_bytes -= freed
             excess -= freed
         for name, freed in self._files.items():
@@ -180,7 +184,8 @@ class DiskStore:
         return True
 
     def _drop(self, name: _Name) -> None:
-        self._path(name).unlink(missing_ok=True)
+        # A file that cannot be removed is not found any more all the same.
+        _unlink(self._path(name))
         if name in self._files:
             self._used_bytes -= self._files.pop(name)
             self._removed.append(name[1])
@@ -189,7 +194,7 @@ class DiskStore:
 
     def _scan(self) -> None:
         for draft in self._slot.glob("*/*/*/*.tmp"):
-            draft.unlink(missing_ok=True)
+            _unlink(draft)
         found = [(path.stat(), path) for path in self._slot.glob("*/*/*/*.kv")]
         for status, path in sorted(found, key=lambda each: each[0].st_mtime_ns):
             size = file_bytes(status.st_size - _CHECK_BYTES)
@@ -227,6 +232,15 @@ class DiskStore:
 @cache
 def _folder(tag: str) -> str:
     return hashlib.sha256(tag.encode()).hexdigest()[:16]
+
+
+def _unlink(path: Path) -> OSError | None:
+    """Remove a file that may be gone already; why it is still there, if it is."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        return error
+    return None
 
 
 def _take_slot(root: Path) -> tuple[Path, int]:

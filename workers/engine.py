@@ -34,6 +34,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
+from kv.errors import DiskError
 from kv.geometry import Geometry
 from kv.salt import tag_of
 from workers import erasure, pages, work
@@ -237,7 +238,12 @@ class Engine:
         self._report({})
 
     def _erase(self, tags: Sequence[str], receiver: Callable[[Erased], None]) -> None:
-        erased = self._erasure.erase(tags)
+        try:
+            erased = self._erasure.erase(tags)
+        except DiskError as error:  # the order's edge: who gave it hears nothing and asks again
+            logger.error("erasing is not done: %s", error)
+            self._report({})
+            return
         words = "%d blocks erased, %d of them in use, and %d in tiers"
         logger.info(words, erased.blocks, erased.in_use, erased.in_tiers)
         self._report({})

@@ -1,6 +1,8 @@
 import os
 import stat
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ from kv.errors import DamagedBlockError, DiskError
 
 BLOCK = 5000
 FILE = file_bytes(BLOCK)
+
+
+ReadOnly = Callable[[], AbstractContextManager[None]]
 
 
 def key(number: int) -> bytes:
@@ -202,6 +207,59 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert store.used_bytes == 0
     assert not list(tmp_path.rglob("*.tmp"))
     assert store.put("", key(1), block(1))
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> ReadOnly:
+    """Makes the file system refuse new files and removals, as one does after an error."""
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(30, "Read-only file system")
+
+    @contextmanager
+    def turned() -> Iterator[None]:
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", refuse)
+            patched.setattr("kv.disk.os.open", refuse)
+            yield
+
+    return turned
+
+
+def test_a_disk_that_turns_read_only_costs_no_room(tmp_path: Path, read_only: ReadOnly) -> None:
+    """What could not be written counts for nothing, and can be stored once the disk is back."""
+    store = DiskStore(tmp_path, "f", 2 * FILE)
+    with read_only(), pytest.raises(OSError, match="Read-only"):
+        store.put("", key(1), block(1))
+    assert store.used_bytes == 0
+    assert store.put("", key(1), block(1))
+    assert read(store, 1) == bytes(block(1))
+
+
+def test_a_block_that_cannot_be_read_or_removed_is_missed(
+    tmp_path: Path, read_only: ReadOnly
+) -> None:
+    """Its name goes although its file stays: it is not fetched again and again."""
+    store = DiskStore(tmp_path, "f", 2 * FILE)
+    store.put("", key(1), block(1))
+    with read_only(), pytest.raises(OSError, match="Read-only"):
+        read(store, 1)
+    assert not store.has("", key(1))
+    assert store.used_bytes == 0
+
+
+def test_files_that_an_erasure_leaves_are_told(tmp_path: Path, read_only: ReadOnly) -> None:
+    """The error says how many; none of them is served, and erasing again removes them."""
+    store = DiskStore(tmp_path, "f", 9 * FILE)
+    for number in (1, 2):
+        store.put("aa", key(number), block(number))
+    store.put("bb", key(3), block(3))
+    with read_only(), pytest.raises(DiskError, match="2 files"):
+        store.erase("aa")
+    assert not store.has("aa", key(1))
+    assert store.has("bb", key(3))
+    store.erase("aa")
+    assert len(list(tmp_path.rglob("*.kv"))) == 1
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
