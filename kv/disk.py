@@ -136,7 +136,8 @@ class DiskStore:
                 self._writing[name] &= name[0] != folder
             for path in [path for path in self._foreign if path.parent.parent.name == folder]:
                 self._used_bytes -= self._foreign.pop(path)
-        found = self._root.glob(f"slot-*/*/{folder}/*/*.kv")
+        # Half written ones of a process that was killed too.
+        found = self._root.glob(f"slot-*/*/{folder}/*/*")
         left = [error for path in found if (error := _unlink(path)) is not None]
         if left:
             numbers = f"{len(left)} files of an erased tenant are left: {left[0].strerror}"

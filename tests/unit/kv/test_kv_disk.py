@@ -193,6 +193,16 @@ def test_a_tenants_blocks_go_from_every_slot(tmp_path: Path) -> None:
     assert beside.used_bytes == FILE
 
 
+def test_what_a_killed_process_was_writing_is_erased(tmp_path: Path) -> None:
+    """A draft in a slot that nobody holds has a tenant's bytes too."""
+    killed = DiskStore(tmp_path, "f", 9 * FILE)
+    killed.put("aa", key(1), block(1))
+    stored = file_of(tmp_path, 1)
+    stored.rename(stored.with_suffix(".tmp"))
+    DiskStore(tmp_path, "f", 9 * FILE).erase("aa")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk is an error of that block; its room is given back and it can be stored later."""
     store = DiskStore(tmp_path, "f", 2 * FILE)
