@@ -14,6 +14,7 @@ cannot be trusted is removed and computed again. Files are the user's alone (070
 import fcntl
 import hashlib
 import os
+import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ _CHECK_BYTES = 16
 # What a file system gives out at least; files are counted in whole ones.
 _UNIT_BYTES = 4096
 _MOST_SLOTS = 256
+
+# A key as a file is named by it; somebody's copy of a file may be called anything.
+_KEY = re.compile("([0-9a-f]{2})+")
 
 # A tag's folder and a key.
 _Name = tuple[str, bytes]
@@ -196,11 +200,14 @@ class DiskStore:
     def _scan(self) -> None:
         for draft in self._slot.glob("*/*/*/*.tmp"):
             _unlink(draft)
-        found = [(path.stat(), path) for path in self._slot.glob("*/*/*/*.kv")]
+        found = []
+        for path in self._slot.glob("*/*/*/*.kv"):
+            with suppress(FileNotFoundError):  # another engine erases a tenant in all slots
+                found.append((path.stat(), path))
         for status, path in sorted(found, key=lambda each: each[0].st_mtime_ns):
             size = file_bytes(status.st_size - _CHECK_BYTES)
             self._used_bytes += size
-            if path.parents[2].name == self._fingerprint:
+            if path.parents[2].name == self._fingerprint and _KEY.fullmatch(path.stem):
                 self._files[path.parents[1].name, bytes.fromhex(path.stem)] = size
             else:
                 self._foreign[path] = size

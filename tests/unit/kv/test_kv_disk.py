@@ -282,6 +282,38 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> N
     assert not draft.exists()
 
 
+def test_a_file_of_another_name_is_counted_and_goes_first(tmp_path: Path) -> None:
+    """Somebody's copy beside the blocks does not keep the engine from starting."""
+    store = DiskStore(tmp_path, "f", 2 * FILE)
+    store.put("", key(1), block(1))
+    stray = file_of(tmp_path, 1).with_name("block (copy).kv")
+    stray.write_bytes(bytes(BLOCK))
+    store.close()
+    later = DiskStore(tmp_path, "f", 2 * FILE)
+    assert later.used_bytes == 2 * FILE
+    assert later.put("", key(2), block(2))
+    assert not stray.exists()
+    assert later.has("", key(1))
+
+
+def test_a_tenant_may_be_erased_while_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that goes between its listing and its measuring is no error."""
+    store = DiskStore(tmp_path, "f", 2 * FILE)
+    store.put("", key(1), block(1))
+    path, store_stat = file_of(tmp_path, 1), Path.stat
+    store.close()
+
+    def erased(self: Path, **kwargs: bool) -> os.stat_result:
+        if self == path:
+            os.unlink(path)
+        return store_stat(self, **kwargs)
+
+    monkeypatch.setattr(Path, "stat", erased)
+    assert DiskStore(tmp_path, "f", 2 * FILE).used_bytes == 0
+
+
 def test_threads_share_a_store(tmp_path: Path) -> None:
     """Reads, writes and evictions at once: a read gives the block or says that it is gone."""
     store = DiskStore(tmp_path, "f", 4 * FILE)
