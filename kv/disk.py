@@ -17,7 +17,7 @@ import os
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -82,14 +82,17 @@ class DiskStore:
         with self._lock, suppress(KeyError):
             self._files.move_to_end((_folder(tag), key))
 
-    def put(self, tag: str, key: bytes, block: memoryview) -> bool:
-        """Store a block; False if there is no room for it. Raises `OSError` if it cannot be
+    def put(
+        self, tag: str, key: bytes, block: memoryview, wanted: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Store a block; False if there is no room for it, or if it is not `wanted` any more: an
+        erasure that comes after that was asked removes it. Raises `OSError` if it cannot be
         written, and leaves nothing behind then."""
         name, size = (_folder(tag), key), file_bytes(len(block))
         with self._lock:
             if name in self._files or name in self._writing:
                 return True
-            if not self._make_room(size):
+            if not wanted() or not self._make_room(size):
                 return False
             self._writing[name] = True
             self._used_bytes += size

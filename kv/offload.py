@@ -247,6 +247,14 @@ class Tiers(TieringOffloadingManager):
             self._tag(output.keys_to_store, req_context)
         return output
 
+    def complete_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True
+    ) -> None:
+        # What was erased while it was copied gets no further than to where it is removed.
+        doomed = self._doomed.intersection(keys)
+        self.primary_tier.complete_store(doomed, req_context, success)
+        super().complete_store([key for key in keys if key not in doomed], req_context, success)
+
     def on_request_finished(
         self, req_context: ReqContext, *, exclude_tier_idx: int | None = None
     ) -> None:
@@ -271,12 +279,17 @@ class Tiers(TieringOffloadingManager):
 
     def erase(self, tags: Collection[str]) -> int:
         """Remove every block with one of these tags, overwriting it in host memory; returns how
-        many. Blocks that are being copied go once they have been, and are a miss until then."""
+        many. Blocks that are being copied go once they have been, and are a miss until then.
+        Raises `DiskError` if files are left."""
+        # A request that has ended is stored with the next step, which comes after this.
+        for request_id, state in self._req_state.items():
+            if not state.is_finished and tag_of(state.req_context) in tags:
+                self.seal(request_id)
         keys = [key for key, tag in self._tags.items() if tag in tags]
         held = [key for key in keys if self.primary_tier._policy.get(key) is not None]
         self._doomed.update(key for key in held if not self._remove(key))
         disks = [tier for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
-        return len(held) + sum(disk.store.erase(tag) for disk in disks for tag in tags)
+        return len(held) + sum(disk.erase(tags) for disk in disks)
 
     def clear(self) -> None:
         """Remove every block; `reset_cache` keeps what is on disk."""

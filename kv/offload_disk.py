@@ -7,7 +7,7 @@ writes what others may read; of it, the thread pool is used here.
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,6 +70,7 @@ class DiskTier(SecondaryTierManager):
         self._pool = DualQueueThreadPool(1, 1, thread_name_prefix="kv-disk")
         self._jobs: dict[int, TransferJob] = {}
         self._done: dict[int, list[OffloadKey]] = {}
+        self._void: set[int] = set()  # jobs that are to store nothing more
         self._events: list[OffloadingEvent] = []
         self._publishes = offloading_spec.kv_events_config.enable_kv_cache_events
         self._complained_at = -_COMPLAIN_EVERY_S
@@ -98,6 +99,7 @@ class DiskTier(SecondaryTierManager):
         results = []
         for job_id, _, seconds in self._pool.get_finished():
             job, done = self._jobs.pop(job_id), self._done.pop(job_id, [])
+            self._void.discard(job_id)
             if not job.is_promotion and self._publishes and done:
                 self._events.append(OffloadingEvent(done, self.medium, False, self.locality))
             results.append(
@@ -118,6 +120,22 @@ class DiskTier(SecondaryTierManager):
         events, self._events = self._events, []
         return events
 
+    def erase(self, tags: Collection[str]) -> int:
+        """Remove every block with one of these tags, and store none that waits to be; returns how
+        many. Raises `DiskError` as `DiskStore.erase` does."""
+        for job_id, job in self._jobs.items():
+            if not job.is_promotion and tag_of(job.req_context) in tags:
+                self._void.add(job_id)
+        erased, failure = 0, None
+        for tag in tags:
+            try:
+                erased += self.store.erase(tag)
+            except DiskError as error:  # the other tenants go all the same
+                failure = error
+        if failure is not None:
+            raise failure
+        return erased
+
     def drain_jobs(self) -> None:
         self._pool.wait_idle()
 
@@ -131,9 +149,13 @@ class DiskTier(SecondaryTierManager):
         done = self._done[job.job_id] = []
         tag = tag_of(job.req_context)
         rows = dict(zip(job.keys, job.chunk_ids.tolist(), strict=True))
+
+        def wanted() -> bool:
+            return job.job_id not in self._void
+
         for key in _ends_first(rows, job.req_context):
             try:
-                if self.store.put(tag, key, self._row(rows[key])):
+                if self.store.put(tag, key, self._row(rows[key]), wanted):
                     done.append(key)
             except OSError as error:
                 self._complain("stored", len(job.keys) - len(done), error)

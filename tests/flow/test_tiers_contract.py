@@ -39,8 +39,8 @@ def test_our_classes_leave_nothing_abstract() -> None:
 
 def test_what_we_override_is_still_called_so() -> None:
     """A method that upstream renamed would silently be its own again."""
-    of_the_manager = "lookup _initiate_promotion prepare_store on_request_finished"
-    of_the_manager += " on_schedule_end has_pending_work reset_cache"
+    of_the_manager = "lookup _initiate_promotion prepare_store complete_store"
+    of_the_manager += " on_request_finished on_schedule_end has_pending_work reset_cache"
     overridden = {
         TieringOffloadingSpec: (TieredSpec, ["get_manager", "get_worker"]),
         TieringOffloadingManager: (Tiers, of_the_manager.split()),
