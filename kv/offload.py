@@ -1,9 +1,10 @@
 """The tiers behind an engine's paged KV, as vLLM's offloading framework runs them.
 
-`TieredSpec` is what `OffloadingConnector` loads by `spec_module_path`. The host tier, its
-eviction, the jobs and their order are vLLM's own; so are the workers on GPUs. Ours are: a copy
-worker for CPU engines (vLLM 0.32 has none), a disk tier with a budget and checksums, and a
-manager that ends what the stock one may repeat for ever, and that can erase a tenant.
+`TieredConnector` is what `MultiConnector` loads by `kv_connector_module_path`, and `TieredSpec`
+what that loads by `spec_module_path`. The host tier, its eviction, the jobs and their order are
+vLLM's own; so are the workers on GPUs. Ours are: a copy worker for CPU engines (vLLM 0.32 has
+none), a disk tier with a budget and checksums, and a manager that ends what the stock one may
+repeat for ever, and that can erase a tenant.
 
 With `kv.offload_disk` the only module of `kv` that imports vLLM. tests/flow/test_tiers_contract.py
 holds the parts of it that we lean on to the pinned version.
@@ -17,8 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
@@ -42,12 +45,30 @@ from vllm.v1.kv_offload.tiering.manager import (
     TieringOffloadingManager,
 )
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+from vllm.v1.request import Request
 
 from kv.errors import DiskError
 from kv.offload_disk import DiskTier, tag_of
 from kv.pages import Plane, copy_pages, planes
 
 logger = init_logger(__name__)
+
+
+class TieredConnector(OffloadingConnector):
+    """vLLM's connector, which knows of pages that another connector is about to fill.
+
+    A page that a request gave back may still have to be copied to the host tier. Stock, that copy
+    is waited for if the page is given to a request that is computed, or loaded from the tiers; not
+    if NIXL writes into it, which would leave the new owner's KV under the old one's name.
+    """
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        given = (block for group in blocks.blocks for block in group if block.block_hash is None)
+        allocated = self.scheduler._current_batch_allocated_block_ids
+        allocated.update(block.block_id for block in given if not block.is_null)
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
 
 
 class TieredSpec(TieringOffloadingSpec):

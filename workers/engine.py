@@ -41,7 +41,7 @@ from workers import erasure, pages, work
 from workers.erasure import Erased, Erasure
 from workers.messages import Delta, Load, Totals
 from workers.mirror import Change, Mirror
-from workers.tiers import with_hints
+from workers.tiers import TIERED_CONNECTOR, with_hints
 
 logger = init_logger(__name__)
 
@@ -386,7 +386,7 @@ class _Counters:
             self._observe_handoffs(seen)
             return
         for connector, each in seen.items():
-            if connector == OffloadingConnector.__name__:
+            if connector == TIERED_CONNECTOR:
                 self._observe_tiers(each.get("data", {}))
             else:
                 self._observe_handoffs(each)

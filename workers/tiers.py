@@ -13,6 +13,9 @@ from msgspec import Meta
 
 from kv.fingerprint import engine_facts, fingerprint, folder_identity, snapshot_identity
 
+# Whose statistics are the tiers' (`kv.offload`).
+TIERED_CONNECTOR = "TieredConnector"
+
 # Shared memory through which disk blocks pass where no host tier is set.
 STAGING_BYTES = 268_435_456
 
@@ -51,7 +54,8 @@ def with_tiers(transfer: Mapping[str, Any], tiers: Tiers, identity: str) -> dict
     """
     nixl = {name: value for name, value in transfer.items() if name != "engine_id"}
     offload = {
-        "kv_connector": "OffloadingConnector",
+        "kv_connector": TIERED_CONNECTOR,
+        "kv_connector_module_path": "kv.offload",
         "kv_role": "kv_both",
         "kv_load_failure_policy": transfer["kv_load_failure_policy"],
         "kv_connector_extra_config": _offloading(tiers, identity),

@@ -2,12 +2,16 @@
 
 import inspect
 from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import multi_connector
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading import metrics, scheduler, worker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
-from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.core.sched import scheduler as core_scheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_offload.base import OffloadingWorker, ReqContext, TransferResult, make_offload_key
 from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
@@ -25,10 +29,10 @@ from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from kv.offload import BatchedCopyWorker, TieredSpec, Tiers
+from kv.offload import BatchedCopyWorker, TieredConnector, TieredSpec, Tiers
 from kv.offload_disk import TAG, DiskTier
 from workers.engine import _TIER_METRICS
-from workers.tiers import NO_TIERS, with_hints
+from workers.tiers import NO_TIERS, TIERED_CONNECTOR, with_hints
 
 
 def test_our_classes_leave_nothing_abstract() -> None:
@@ -42,6 +46,7 @@ def test_what_we_override_is_still_called_so() -> None:
     of_the_manager = "lookup _initiate_promotion prepare_store complete_store"
     of_the_manager += " on_request_finished on_schedule_end has_pending_work reset_cache"
     overridden = {
+        OffloadingConnector: (TieredConnector, ["update_state_after_alloc"]),
         TieringOffloadingSpec: (TieredSpec, ["get_manager", "get_worker"]),
         TieringOffloadingManager: (Tiers, of_the_manager.split()),
         SecondaryTierManager: (DiskTier, ["lookup", "submit_store", "submit_load"]),
@@ -119,12 +124,42 @@ def test_connectors_are_found_and_counted_by_name() -> None:
     """`workers.engine` finds the manager and tells the two connectors' statistics apart."""
     assert isinstance(multi_connector.MultiConnector.sub_connectors, property)
     assert isinstance(OffloadingConnector.scheduler, property)
+    assert TieredConnector.__name__ == TIERED_CONNECTOR
     source = inspect.getsource(multi_connector.MultiConnector.get_kv_connector_stats)
     assert "__class__.__name__" in source
     known = set(vars(metrics._TransferMetricName).values())
     known |= set(vars(TieringOffloadingMetrics).values())
     assert set(_TIER_METRICS) <= known
     assert metrics._StatsKey.DATA == "data"
+
+
+def test_a_page_that_a_handoff_fills_is_copied_first() -> None:
+    """vLLM's scheduler side has the worker finish a copy out of a page before NIXL reads into it:
+    the old owner has ended, its copy is under way, and no token is loaded from tiers."""
+    flushed = []
+    for block_hash in (None, b"named"):
+        connector = object.__new__(TieredConnector)
+        connector.connector_scheduler = theirs = object.__new__(
+            scheduler.OffloadingConnectorScheduler
+        )
+        vars(theirs).update(
+            manager=SimpleNamespace(on_schedule_end=lambda _: None),
+            config=SimpleNamespace(
+                kv_group_configs=(), supports_partial_tail=False, blocks_per_chunk=1
+            ),
+            _sliding_window_groups=(),
+            _req_status={},
+            _current_batch_load_jobs={},
+            _current_batch_jobs_to_flush=set(),
+            _current_batch_allocated_block_ids=set(),
+            _block_id_to_pending_jobs={7: {1}},
+        )
+        page = KVCacheBlock(7)
+        page._block_hash = block_hash  # type: ignore[assignment]
+        connector.update_state_after_alloc(None, KVCacheBlocks(([page],)), 0)  # type: ignore[arg-type]
+        meta: Any = connector.build_connector_meta(SchedulerOutput.make_empty())
+        flushed.append(meta.jobs_to_flush)
+    assert flushed == [{1}, set()]  # a page with a name is a prefix hit: nobody writes to it
 
 
 def test_an_engine_steps_while_a_tier_works() -> None:

@@ -5,6 +5,7 @@ from workers.connector import transfer_config
 from workers.messages import Role
 from workers.tiers import (
     STAGING_BYTES,
+    TIERED_CONNECTOR,
     DiskTier,
     HostTier,
     Tiers,
@@ -23,7 +24,8 @@ def test_handoffs_keep_their_settings_beside_tiers(role: Role) -> None:
     both = with_tiers(alone, Tiers(host=HOST), "model")
     nixl, offload = both["kv_connector_extra_config"]["connectors"]
     assert nixl == alone
-    assert offload["kv_connector"] == "OffloadingConnector"
+    assert offload["kv_connector"] == TIERED_CONNECTOR
+    assert offload["kv_connector_module_path"] == "kv.offload"
     assert both["kv_connector"] == "MultiConnector"
     assert both["kv_role"] == alone["kv_role"]
     assert both["kv_load_failure_policy"] == offload["kv_load_failure_policy"] == "recompute"
