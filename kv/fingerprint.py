@@ -26,6 +26,9 @@ _HARMLESS = frozenset(
     }
 )
 
+# With a model's own code, which may be of the folder too (`trust_remote_code`).
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py"})
+
 
 def fingerprint(facts: Mapping[str, object]) -> str:
     """96 bits of a SHA-256 over named facts, as hex; the order of names does not matter."""
@@ -42,8 +45,9 @@ def engine_facts(options: Mapping[str, object]) -> dict[str, object]:
 def folder_identity(folder: Path) -> str:
     """A model folder as it is now: its configuration, and names, sizes and times of its weights.
 
-    Reading gigabytes of weights would take longer than loading them; whoever writes other
-    weights into a folder changes their size or their time.
+    Reading gigabytes of weights would take longer than loading them. Sizes are alike for all
+    checkpoints of one architecture, and a copy may keep the times of contents (`rsync -t`, images
+    whose times are all one); the time of the file's own last change is the file system's to set.
     """
     config = folder / "config.json"
     content = hashlib.sha256(config.read_bytes() if config.is_file() else b"").hexdigest()
@@ -56,8 +60,8 @@ def snapshot_identity(name: str, commit: str | None) -> str:
     return f"{name}@{commit or secrets.token_hex(16)}"
 
 
-def _weights(folder: Path) -> Iterable[tuple[str, int, int]]:
+def _weights(folder: Path) -> Iterable[tuple[str, int, int, int]]:
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".pt", ".gguf"):
+        if path.suffix in _WEIGHTS:
             status = path.stat()
-            yield path.name, status.st_size, status.st_mtime_ns
+            yield path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns

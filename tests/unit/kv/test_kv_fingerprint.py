@@ -35,6 +35,22 @@ def test_a_model_folder_is_known_by_its_content(tmp_path: Path) -> None:
     assert len(set(seen)) == 4
 
 
+def test_weights_whose_times_are_kept_are_known_apart(tmp_path: Path) -> None:
+    """Another checkpoint of the same size, copied with the times of the first, is another model;
+    so is one whose own code changed."""
+    weights, code = tmp_path / "model.safetensors", tmp_path / "modeling_own.py"
+    weights.write_bytes(b"1234")
+    os.utime(weights, ns=(1, 1))
+    seen = [folder_identity(tmp_path)]
+    weights.unlink()
+    weights.write_bytes(b"4321")
+    os.utime(weights, ns=(1, 1))
+    seen.append(folder_identity(tmp_path))
+    code.write_text("a = 1")
+    seen.append(folder_identity(tmp_path))
+    assert len(set(seen)) == 3
+
+
 def test_an_unknown_commit_is_never_the_same_twice() -> None:
     """What could be another revision is not found again."""
     assert snapshot_identity("m", "abc") == snapshot_identity("m", "abc")
