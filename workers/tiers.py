@@ -77,7 +77,7 @@ def model_identity(model: str, options: Mapping[str, object]) -> str:
     if folder.is_dir():
         name = folder_identity(folder)
     else:
-        name = snapshot_identity(model, _cached_commit(model, options.get("revision")))
+        name = snapshot_identity(model, _hub_commit(model, options.get("revision")))
     return fingerprint({"model": name, "options": engine_facts(options)})
 
 
@@ -111,9 +111,15 @@ def _offloading(tiers: Tiers, identity: str) -> dict[str, Any]:
     return extra
 
 
-def _cached_commit(model: str, revision: Any) -> str | None:
-    """The commit of a hub's model that lies in the local cache, by the folder it lies in."""
-    from huggingface_hub import try_to_load_from_cache
+def _hub_commit(model: str, revision: Any) -> str | None:
+    """The commit of a hub's model that an engine is about to load, by its folder in the cache.
 
-    found = try_to_load_from_cache(model, "config.json", revision=revision or None)
-    return Path(found).parent.name if isinstance(found, str) else None
+    Asked of the hub as vLLM asks it: the cache alone knows the commit of the last start.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = hf_hub_download(model, "config.json", revision=revision or None)
+    except (OSError, ValueError):  # all of the hub's own, `HF_HUB_OFFLINE` without a copy too
+        return None
+    return Path(found).parent.name

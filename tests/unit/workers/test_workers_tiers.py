@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -80,6 +82,30 @@ def test_what_is_not_a_tier_is_refused(wrong: dict[str, object]) -> None:
     """Unknown keys, missing ones, and sizes that hold nothing."""
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(wrong, Tiers)
+
+
+def test_a_hubs_model_is_known_by_the_commit_that_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the hub has now counts, not what it had at the last start; without an answer, no block
+    is found again."""
+    commit: str | None = "a"
+
+    def download(*_: object, revision: str | None) -> str:
+        if commit is None:
+            raise FileNotFoundError("offline, and not in the cache")
+        return str(tmp_path / "snapshots" / (revision or commit) / "config.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    first = model_identity("org/model", {})
+    assert model_identity("org/model", {}) == first
+    commit = "b"
+    assert model_identity("org/model", {}) != first
+    pinned = model_identity("org/model", {"revision": "c"})
+    commit = "d"
+    assert model_identity("org/model", {"revision": "c"}) == pinned
+    commit = None
+    assert model_identity("org/model", {}) != model_identity("org/model", {})
 
 
 def test_a_model_is_known_by_its_options_too(tmp_path: object) -> None:
