@@ -163,8 +163,9 @@ class SegmentStore:
         """Delete blocks, and overwrite with zeros all that is not of a stored block: theirs, and
         what was deleted or torn earlier, whoever wrote it. It is on the disk when this returns.
 
-        Raises SegmentError where the disk fails. What the file system or the drive keeps of old
-        bytes elsewhere (snapshots, copies on write, worn cells) is not reached.
+        Raises SegmentError where the disk fails; what was appended since the last commit is then
+        lost, as it is by a failed `commit`. What the file system or the drive keeps of old bytes
+        elsewhere (snapshots, copies on write, worn cells) is not reached.
         """
         self.delete(keys)
         try:
@@ -173,6 +174,7 @@ class SegmentStore:
                 self._unsynced[segment.number] = segment
             self._sync()
         except OSError as error:
+            self._lose_uncommitted()
             raise failed(self._folder, "erasing", error) from error
 
     def compact(self) -> bool:

@@ -334,6 +334,25 @@ def test_a_failed_fsync_acknowledges_nothing(
     assert (store.read(key_of(1)), store.read(key_of(2))) == (payload_of(1), None)
 
 
+def test_an_erasure_whose_fsync_fails_acknowledges_nothing_later(
+    opened: Callable[..., SegmentStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It synced what had been appended too: a commit behind it cannot tell what became of that."""
+    store = opened()
+    put(store, 1, 2)
+    store.append(key_of(3), b"", payload_of(3))
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", fail)
+        with pytest.raises(SegmentError, match="erasing"):
+            store.erase((key_of(1),))
+    assert store.commit() == ()
+    assert [store.read(key_of(n)) for n in (1, 2, 3)] == [None, payload_of(2), None]
+
+
 def test_a_compaction_that_fails_loses_nothing(
     opened: Callable[..., SegmentStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
