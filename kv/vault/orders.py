@@ -20,7 +20,9 @@ class Quotas:
 
     def __post_init__(self) -> None:
         each = [self.total_bytes, *self.tenant_bytes.values()]
-        if min(each, default=1) < 1 or (self.other_tenant_bytes or 1) < 1:
+        if self.other_tenant_bytes is not None:
+            each.append(self.other_tenant_bytes)
+        if min(each) < 1:
             raise VaultError("vault quotas", f"{min(each)} bytes at least", "give 1 or more each")
 
     def of(self, tenant: str) -> int:

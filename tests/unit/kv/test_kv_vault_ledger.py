@@ -467,8 +467,8 @@ def test_a_put_that_makes_no_sense_is_an_error(wrong: dict) -> None:
         put(b"a00", **wrong)
 
 
-@pytest.mark.parametrize("wrong", [(0, {}), (5, {"a": 0})])
-def test_a_quota_of_nothing_is_an_error(wrong: tuple[int, dict[str, int]]) -> None:
+@pytest.mark.parametrize("wrong", [(0, {}), (5, {"a": 0}), (5, {}, 0)])
+def test_a_quota_of_nothing_is_an_error(wrong: tuple) -> None:
     """A tenant that may store nothing is left out by whoever writes."""
     with pytest.raises(VaultError, match="quotas"):
         Quotas(*wrong)
