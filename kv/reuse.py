@@ -91,7 +91,7 @@ class ReuseHistory:
         # Popped first: the panel is in the order of last use.
         self._panel[key] = slot
         self._kinds[slot], self._last_s[slot] = kind, now_s
-        if len(self._panel) > self._panel_keys:
+        while len(self._panel) > self._panel_keys:
             self._thin()
         self._samples += 1
         if self._samples >= max(REFRESH, len(self._panel) // REFRESH_PART):

@@ -198,6 +198,14 @@ def test_the_panel_is_bounded_and_still_learns() -> None:
     assert history.rate(0, 0.0)[0] > 1 / 150
 
 
+def test_keys_that_begin_alike_do_not_overfill_the_panel() -> None:
+    """It is thinned until one more fits, whatever the keys' bits."""
+    history = ReuseHistory(panel_keys=4)
+    for key in range(20):
+        history.seen(bytes(7) + bytes([key]), 0, 0.0)
+        assert len(history._panel) <= 4
+
+
 def test_what_is_older_than_the_horizon_is_followed_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
