@@ -99,7 +99,7 @@ class Engine:
         self._totals = _Counters(tiered=self._tiers is not None)
         self._prompt_tokens: dict[str, int] = {}
         self.failure: BaseException | None = None
-        self._stepped_at = time.monotonic()
+        self._stepped_at, self._idle = time.monotonic(), True
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     @property
@@ -154,8 +154,8 @@ class Engine:
 
     def stalled_s(self) -> float:
         """Seconds since the loop last came round while it has work; 0 when it has none."""
-        busy = self._scheduler.has_requests() or not self._orders.empty()
-        return time.monotonic() - self._stepped_at if busy else 0.0
+        # Not vLLM's own answer: that walks books of the tiers which the engine's thread changes.
+        return 0.0 if self._idle else time.monotonic() - self._stepped_at
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the loop and free what the engine owns; safe to call twice."""
@@ -181,11 +181,13 @@ class Engine:
             began_at, self._stepped_at = self._stepped_at, time.monotonic()
             if self._stepped_at - began_at > self._trusted_s:
                 self._drop_doubtful()
-            idle = not self._scheduler.has_requests() and not self._core.batch_queue
+            self._idle = not self._scheduler.has_requests() and not self._core.batch_queue
             try:
-                order = self._orders.get(block=idle)
+                order = self._orders.get(block=self._idle)
             except queue.Empty:
                 return True
+            if self._idle:
+                self._stepped_at, self._idle = time.monotonic(), False
             if order is None:
                 return False
             order()
