@@ -45,7 +45,8 @@ class Stream(threading.Thread):
                     self._take(json.loads(line[6:]))
             # A connection that is lost in mid-answer looks to http.client like the end of it.
             self.error = self.error or (None if done else "cut off")
-        except (OSError, http.client.HTTPException) as error:  # the thread's edge: tests look
+        # The thread's edge: tests look. A line that is cut off is no JSON.
+        except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
             self.error = repr(error)
         finally:
             self._connection.close()
