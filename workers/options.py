@@ -23,6 +23,8 @@ _OURS = frozenset(
         "served_model_name",
         "kv_transfer_config",
         "kv_events_config",
+        "kv_offloading_backend",
+        "kv_offloading_size",
         "prefix_caching_hash_algo",
         "enable_prefix_caching",
         "host",

@@ -5,6 +5,8 @@ from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import multi_connector
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading import metrics, scheduler, worker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
@@ -32,6 +34,8 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from kv.offload import BatchedCopyWorker, TieredConnector, TieredSpec, Tiers
 from kv.offload_disk import TAG, DiskTier
 from workers.engine import _TIER_METRICS
+from workers.errors import EngineOptionError
+from workers.options import namespace
 from workers.tiers import NO_TIERS, TIERED_CONNECTOR, with_hints
 
 
@@ -160,6 +164,13 @@ def test_a_page_that_a_handoff_fills_is_copied_first() -> None:
         meta: Any = connector.build_connector_meta(SchedulerOutput.make_empty())
         flushed.append(meta.jobs_to_flush)
     assert flushed == [{1}, set()]  # a page with a name is a prefix hit: nobody writes to it
+
+
+def test_vllms_own_offloading_option_is_ours() -> None:
+    """It would take the place of the connector for handoffs (`_post_init_kv_transfer_config`)."""
+    assert "kv_transfer_config.kv_connector = config_connector" in inspect.getsource(VllmConfig)
+    with pytest.raises(EngineOptionError, match="set by Breakeven"):
+        namespace("model", ("model",), {"kv_offloading_size": 4})
 
 
 def test_an_engine_steps_while_a_tier_works() -> None:
