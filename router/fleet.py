@@ -14,6 +14,7 @@ from router.member import Member
 from router.pools import Pools
 from router.roster import Directory, Roster
 from router.snapshot import Snapshot
+from router.speed import Speeds
 from router.warm import Pairs
 from workers.messages import Blocks, Link, Replica, Role, Submit, Totals
 
@@ -42,6 +43,7 @@ class Fleet:
         self.retired: dict[tuple[str, ...], Totals] = {}
         self._expected = Expectations()
         self._pools = Pools(self.roster.by_name, self._expected.taken)
+        self._speeds = Speeds()
         self._named = 0
         self._seen_pair = self._seen_catalogue = False
 
@@ -138,9 +140,14 @@ class Fleet:
 
     def make(self, replica: Replica) -> Member:
         """A member that is up once it has answered a probe."""
+        speed = self._speeds.learn(replica)
+        for member in self.roster.members():
+            member.speed = self._speeds.of(member.replica) or member.speed
+            self._pools.touch(member)
         return Member(
             replica,
             connect=lambda member: self._connect(replica, member),
+            speed=speed,
             on_blocks=_no_blocks,
             now=self._now,
             probe=self._probe,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 
-from kv.curve import PrefillCurve, PrefillSample, fit_prefill
+from router.speed import Speed, speed_of
 from workers.errors import ReplicaLostError, WorkerError
 from workers.messages import (
     Abort,
@@ -50,11 +50,12 @@ class Member:
         now: Callable[[], float],
         probe: Callable[[], Submit] | None = None,
         on_change: Callable[["Member"], None] = lambda member: None,
+        speed: Speed | None = None,
     ) -> None:
         self.replica = replica
         self.load = Load()
         self.up = False
-        self.curve = curve_of(replica)
+        self.speed = speed or speed_of(replica)
         self._on_blocks, self._now, self._probe = on_blocks, now, probe
         self._on_change = on_change
         self._probing: tuple[str, float] | None = None
@@ -256,8 +257,3 @@ class Member:
             return
         self._sequence = blocks.sequence
         self._on_blocks(self, blocks)
-
-
-def curve_of(replica: Replica) -> PrefillCurve:
-    """The prefill curve that a replica measured when it started."""
-    return fit_prefill([PrefillSample(*sample) for sample in replica.prefill_samples])

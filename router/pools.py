@@ -136,8 +136,8 @@ def view_of(member: Member, sent: Taken, others: Taken = NOTHING) -> ReplicaView
     unreported = member.requests + sent.requests - sent.prefills + others.requests
     return ReplicaView(
         member.name,
-        member.curve,
-        replica.step_s,
+        member.speed.curve,
+        member.speed.step_s,
         max(load.pending_prefills, sent.prefills + others.prefills),
         max(load.pending_prefill_tokens, sent.prefill_tokens + others.prefill_tokens),
         load.waiting,

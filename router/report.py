@@ -96,10 +96,10 @@ def curves_of(fleet: Fleet) -> dict[str, Any]:
     return {
         "prefill": {
             member.name: {
-                "base_s": member.curve.base_s,
-                "per_token_s": member.curve.per_token_s,
-                "per_token2_s": member.curve.per_token2_s,
-                "step_s": member.replica.step_s,
+                "base_s": member.speed.curve.base_s,
+                "per_token_s": member.speed.curve.per_token_s,
+                "per_token2_s": member.speed.curve.per_token2_s,
+                "step_s": member.speed.step_s,
             }
             for member in fleet.members()
         },

@@ -33,8 +33,9 @@ class Role(StrEnum):
 class Replica(msgspec.Struct, frozen=True):
     """Who a replica is, as it announces itself; constant for the life of one engine.
 
-    `epoch` differs between two engines that carried the same name: blocks, curves and NIXL
-    state of an earlier epoch are void.
+    `hardware` says what its engine runs on and how: those of one model and hardware are equally
+    fast; empty where nobody is like it. `epoch` differs between two engines that carried the same
+    name: blocks, curves and NIXL state of an earlier epoch are void.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Replica(msgspec.Struct, frozen=True):
     # (new tokens, cached tokens, seconds) of the prefills timed at start.
     prefill_samples: tuple[tuple[int, int, float], ...]
     step_s: float
+    hardware: str = ""
     wire_version: int = WIRE_VERSION
 
 

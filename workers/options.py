@@ -9,9 +9,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from workers.errors import EngineOptionError
@@ -96,3 +98,20 @@ def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, Mapping | list):
         return [f"--{flag}", json.dumps(value)]
     return [f"--{flag}", str(value)]
+
+
+def hardware(config: VllmConfig) -> str:
+    """What decides how fast an engine computes, beside its model."""
+    model, parallel = config.model_config, config.parallel_config
+    parts = (
+        current_platform.get_device_name(),
+        torch.get_num_threads(),
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        model.dtype,
+        config.cache_config.cache_dtype,
+        model.quantization,
+        model.enforce_eager,
+        config.scheduler_config.max_num_batched_tokens,
+    )
+    return "/".join(map(str, parts))

@@ -95,6 +95,7 @@ class ReplicaProcess:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             prefill_samples=samples,
             step_s=step_s,
+            hardware=options.hardware(config),
         )
 
     async def serve(self) -> None:

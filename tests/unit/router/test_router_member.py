@@ -291,6 +291,6 @@ async def test_a_release_goes_to_the_replica() -> None:
 async def test_its_curve_is_the_one_it_measured() -> None:
     """The samples of its announcement give the router's first curve."""
     seat = Seat()
-    assert seat.member.curve.seconds(700, 90) == pytest.approx(
+    assert seat.member.speed.curve.seconds(700, 90) == pytest.approx(
         SimCosts().prefill.seconds(700, 90), rel=1e-3
     )
