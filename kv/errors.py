@@ -10,8 +10,10 @@ KVError
 ├── PlanError       spans that do not cover a prompt, or a plan that cannot be shown
 ├── SizeError       a KV shape, or a model's config, without a size
 └── VaultError      a vault that cannot be built, or an order it does not know
-    └── SegmentError  a folder of segments that cannot be used
-        └── SegmentFullError  no room on the disk or in its budget
+    ├── SegmentError  a folder of segments that cannot be used
+    │   └── SegmentFullError  no room on the disk or in its budget
+    ├── VaultLostError     a shard that does not answer, or not in time
+    └── VaultMessageError  bytes that are no message of a vault
 """
 
 
@@ -71,3 +73,11 @@ class SegmentError(VaultError):
 
 class SegmentFullError(SegmentError):
     """A record does not fit: the disk is full, or the byte budget is."""
+
+
+class VaultLostError(VaultError):
+    """A shard does not answer, or not in time."""
+
+
+class VaultMessageError(VaultError):
+    """Bytes from a vault's client or shard are no message of this version."""

@@ -77,6 +77,14 @@ def read_frame(frame: Bytes) -> Frame:
     return Frame(name.rstrip(b"\0").decode("ascii", "replace"), fingerprint, payload)
 
 
+def told_checksum(frame: Bytes) -> int:
+    """The checksum that a frame of HEADER_BYTES or more says it has; whether it is so, only
+    `read_frame` knows. Two frames with one checksum hold the same bytes.
+    """
+    told: int = _CHECKSUM.unpack_from(frame, _HEADER.size)[0]
+    return told
+
+
 def decode_frame(
     frame: Bytes, shape: PageShape, accepted: Mapping[str, Codec], page: Writable
 ) -> str:

@@ -33,13 +33,22 @@ def unpacked(key: bytes, note: bytes, n_bytes: int, writer: str, wall_s: float) 
     """The put that stores a block of `n_bytes` again at `wall_s`, for the rest of its time to live;
     None where that is over. Raises VaultError for a note that `packed` did not write.
     """
-    try:
-        found = _DECODER.decode(note)
-    except msgspec.MsgspecError as error:
-        raise VaultError(
-            f"note of {key.hex()}", f"{len(note)} bytes: {error}", "drop the block"
-        ) from error
+    found = _decoded(key, note)
     ttl_s = inf if found.expires_at_s is None else found.expires_at_s - wall_s
     if ttl_s <= 0.0:
         return None
     return Put(key, found.parent, found.tenant, writer, n_bytes, found.seconds_saved, ttl_s)
+
+
+def tenant_of(key: bytes, note: bytes) -> str:
+    """Whose block it is. Raises VaultError for a note that `packed` did not write."""
+    return _decoded(key, note).tenant
+
+
+def _decoded(key: bytes, note: bytes) -> Note:
+    try:
+        return _DECODER.decode(note)
+    except msgspec.MsgspecError as error:
+        raise VaultError(
+            f"note of {key.hex()}", f"{len(note)} bytes: {error}", "drop the block"
+        ) from error
