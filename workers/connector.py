@@ -32,10 +32,14 @@ def prepare(host: str, ucx_log: Path, transports: str | None) -> socket.socket:
     os.environ["UCX_LOG_FILE"] = str(ucx_log)
     if transports:
         os.environ["UCX_TLS"] = transports
-    if host in LOOPBACK:
-        # UCX's TCP would listen on every network otherwise.
-        os.environ.setdefault("UCX_NET_DEVICES", ",".join(["lo", *_rdma_ports()]))
+    keep_on_loopback(host)
     return reserved
+
+
+def keep_on_loopback(host: str) -> None:
+    """Where `host` is of this machine alone, have UCX's TCP not listen on every network."""
+    if host in LOOPBACK:
+        os.environ.setdefault("UCX_NET_DEVICES", ",".join(["lo", *_rdma_ports()]))
 
 
 def calm_progress_thread(delay_us: int = PROGRESS_DELAY_US) -> None:

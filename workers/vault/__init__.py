@@ -1,0 +1,1 @@
+"""A vault shard's process, and its clients inside the workers."""
