@@ -225,7 +225,7 @@ class Line:
         session = None
         try:
             session = self._connect()
-        except VaultLostError as error:
+        except Exception as error:  # the thread's edge; NIXL may refuse to make an agent too
             logger.warning("%s; the next try in %.1f s", error, self._retry_s)
         finally:
             self._reached(session)

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import zmq
 import zmq.asyncio
@@ -55,7 +55,6 @@ class ShardServer:
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
         self._clients: set[bytes] = set()
-        self._jobs: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
         """Until cancelled. Raises what broke the books, if anything does."""
@@ -120,14 +119,14 @@ class ShardServer:
             case wire.Get():
                 missing = self._shard.lend(client, question, now_s)
                 if missing:
-                    self._go(self._load(identity, question, missing))
+                    self._tasks.create_task(self._load(identity, question, missing))
                 else:
                     self._send(identity, self._shard.lent(client, question, now_s))
             case wire.Done():
                 for key in self._shard.done(client, question, now_s):
                     logger.warning("block %s was damaged in memory; dropped", key.hex())
             case wire.Forget():
-                self._go(self._forget(identity, question))
+                self._tasks.create_task(self._forget(identity, question))
             case wire.Stat(number=number):
                 self._send(identity, self._shard.stats(number))
 
@@ -135,7 +134,7 @@ class ShardServer:
         if self._disk is None:
             self._send(identity, self._shard.acknowledge(delivery, None, self._now()))
         else:
-            self._go(self._persist(identity, delivery, self._disk))
+            self._tasks.create_task(self._persist(identity, delivery, self._disk))
 
     async def _persist(self, identity: bytes, delivery: Delivery, disk: Disk) -> None:
         self._obey()
@@ -175,11 +174,6 @@ class ShardServer:
                 if tick % _IDLE_TICKS == 0 or self._shard.holds(identity.hex()):
                     self._send(identity, wire.Beat())
             self._obey()
-
-    def _go(self, job: Coroutine[Any, Any, None]) -> None:
-        task = self._tasks.create_task(job)
-        self._jobs.add(task)
-        task.add_done_callback(self._jobs.discard)
 
     def _send(self, identity: bytes, message: wire.Reply) -> None:
         # NOBLOCK: it is sent, or has failed, when this returns.
