@@ -154,18 +154,20 @@ def _of_session(session: bytes, slack: float, prices: _Prices, cheapest: int) ->
 
 
 def _rivals(prices: _Prices, best: int) -> tuple[Rival, ...]:
-    """The cheapest plans but the best, cheapest first."""
-    cost_s = prices.cost_s.copy()
+    """The cheapest plans but the best, cheapest first. One of them has the other shape: that of
+    computing on P or on D which was not chosen is what people ask for."""
+    cost_s, n_decode = prices.cost_s.copy(), prices.columns.n_decode
     cost_s[best] = np.inf
-    rivals = []
+    plans = []
     for _ in range(MAX_RIVALS):
-        plan = int(cost_s.argmin())
-        cost = float(cost_s[plan])
-        if cost == np.inf:
-            break
-        rivals.append(Rival(*prices.described(plan), cost))
-        cost_s[plan] = np.inf
-    return tuple(rivals)
+        plans.append(int(cost_s.argmin()))
+        cost_s[plans[-1]] = np.inf
+    other = prices.cost_s[n_decode:] if best < n_decode else prices.cost_s[:n_decode]
+    alike = all((plan < n_decode) == (best < n_decode) for plan in plans)
+    if alike and np.isfinite(other).any():
+        plans[-1] = int(other.argmin()) + (n_decode if best < n_decode else 0)
+    costs = ((plan, float(prices.cost_s[plan])) for plan in dict.fromkeys(plans) if plan != best)
+    return tuple(Rival(*prices.described(plan), cost) for plan, cost in costs if cost != np.inf)
 
 
 def _reason(question: Question, prices: _Prices, cheapest: int, best: int) -> Reason:

@@ -289,7 +289,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 
 @given(st.integers(1, 2000), snapshots())
 def test_pricing_all_at_once_is_pricing_one_by_one(n: int, snapshot: Snapshot) -> None:
-    """The plan is the first of the cheapest by shape and names; rivals are the cheapest others."""
+    """The plan is the first of the cheapest by shape and names; rivals are the cheapest others, the
+    last of them of the other shape if else none were."""
     plans = priced(n, snapshot)
     least_s = min(cost_s for cost_s, _ in plans.values())
     first = min(key for key, (cost_s, _) in plans.items() if cost_s <= least_s * (1 + 1e-9))
@@ -298,7 +299,13 @@ def test_pricing_all_at_once_is_pricing_one_by_one(n: int, snapshot: Snapshot) -
     assert (plan.cost_s, plan.predicted_ttft_s) == pytest.approx(plans.pop(first), rel=1e-9)
     rivals = [(r.shape, r.decode, r.prefill or "") for r in plan.rivals]
     cheapest = sorted(cost_s for cost_s, _ in plans.values())[:MAX_RIVALS]
-    assert [plans[rival][0] for rival in rivals] == pytest.approx(cheapest, rel=1e-9)
+    costs = [plans[rival][0] for rival in rivals]
+    assert costs[:-1] == pytest.approx(cheapest[:-1], rel=1e-9)
+    other = [cost_s for (shape, *_), (cost_s, _) in plans.items() if shape != plan.shape]
+    assert any(rival.shape != plan.shape for rival in plan.rivals) == bool(other)
+    lasts = [*cheapest[-1:], *([min(other)] if other else [])]
+    assert not costs or any(costs[-1] == pytest.approx(last, rel=1e-9) for last in lasts)
+    assert len(costs) == len(cheapest)
     for rival, key in zip(plan.rivals, rivals, strict=True):
         assert (rival.cost_s, rival.predicted_ttft_s) == pytest.approx(plans[key], rel=1e-9)
 
