@@ -15,17 +15,16 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
-from benchmarks.serve.result import ROOT
-from cluster.config import cache_dir, load
-from cluster.model import ensure_default_model
-from tests.tiny_model import cached_tiny_model
+from benchmarks.models import model
+from benchmarks.processes import family, pause, send
+from benchmarks.result import ROOT
+from cluster.config import load
 
 READY_S = 240.0
 # After a pause: what stood still has been missed (3 s), met anew and caught up.
@@ -47,23 +46,16 @@ class Server:
     ready: str
 
     def processes(self) -> list[psutil.Process]:
-        root = psutil.Process(self.process.pid)
-        return [root, *root.children(recursive=True)]
+        return family(self.process.pid)
 
     def frontends(self) -> list[psutil.Process]:
         """The processes that take HTTP: those that listen at the server's port."""
         port = int(self.url.rsplit(":", 1)[1])
         return [process for process in self.processes() if _listens(process, port)]
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> contextlib.AbstractContextManager[None]:
         """All of its processes stand still meanwhile."""
-        stopped = self.processes()
-        _signal(stopped, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            _signal(stopped, signal.SIGCONT)
+        return pause(self.processes())
 
     def rested(self) -> None:
         """Return once it serves again after a pause: what stood still meets anew."""
@@ -79,13 +71,6 @@ def cpu_s(processes: list[psutil.Process]) -> float:
             times = process.cpu_times()
             total += times.user + times.system
     return total
-
-
-@cache
-def model(quick: bool = False) -> Path:
-    """The folder of the default model; for smoke runs, of a tiny one with its tokenizer."""
-    default = ensure_default_model(cache_dir())
-    return cached_tiny_model(cache_dir(), default) if quick else default
 
 
 def go_by(server: Server, policy: str) -> None:
@@ -202,19 +187,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)
         below = root.children(recursive=True)
-        _signal([root, *below], signal.SIGCONT)
+        send([root, *below], signal.SIGCONT)
         root.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        _signal([root, *below], signal.SIGKILL)
+        send([root, *below], signal.SIGKILL)
         psutil.wait_procs(below, timeout=10)
     process.wait(10)
-
-
-def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
 
 
 def _listens(process: psutil.Process, port: int) -> bool:

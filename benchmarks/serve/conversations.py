@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from benchmarks.result import Row, Store, at_least, at_most, quantile, shown, spread
 from benchmarks.serve import clusters, load
 from benchmarks.serve.clusters import Server
-from benchmarks.serve.result import Row, Store, at_least, at_most, quantile, shown, spread
 from benchmarks.serve.texts import words
 
 PORT = 18144
@@ -47,7 +47,7 @@ QUICK = Size(turns=2, rounds=1)
 
 def measure(quick: bool) -> list[Row]:
     """Rows of this part; what was measured of this commit is not measured again."""
-    store, size = Store("conversations", quick), QUICK if quick else FULL
+    store, size = Store(__file__, quick), QUICK if quick else FULL
     # In another order each round: what drifts does not always meet the same.
     turns = [
         (POLICIES[(number + place) % len(POLICIES)], number)

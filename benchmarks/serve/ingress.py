@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.result import Row, Store, shown, spread
 from benchmarks.serve import clusters, load
 from benchmarks.serve.clusters import Server
 from benchmarks.serve.overhead import (
@@ -27,7 +28,6 @@ from benchmarks.serve.overhead import (
     rate,
     warm,
 )
-from benchmarks.serve.result import Row, Store, shown, spread
 
 PORT_PLAIN, PORT_OURS = 18145, 18146
 CONCURRENCY = 16
@@ -50,7 +50,7 @@ QUICK = Size(requests=48, repeats={1: 1})
 
 def measure(quick: bool) -> list[Row]:
     """Rows of this part; what was measured of this commit is not measured again."""
-    store, size = Store("ingress", quick), QUICK if quick else FULL
+    store, size = Store(__file__, quick), QUICK if quick else FULL
     left = [
         replicas
         for replicas, repeats in size.repeats.items()

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from benchmarks.result import Row, Store, at_most, quantile, shown, spread
 from benchmarks.serve import clusters, load
 from benchmarks.serve.clusters import Server
-from benchmarks.serve.result import Row, Store, at_most, quantile, shown, spread
 from benchmarks.serve.texts import words
 
 PORT_OURS, PORT_BASE = 18142, 18143
@@ -51,7 +51,7 @@ QUICK = Size(chunks=(512,), search=1, arrivals=1, repeats=1)
 
 def measure(quick: bool) -> list[Row]:
     """Rows of this part; what was measured of this commit is not measured again."""
-    store, size = Store("interference", quick), QUICK if quick else FULL
+    store, size = Store(__file__, quick), QUICK if quick else FULL
     best = _search(store, size) if len(size.chunks) > 1 else size.chunks[0]
     keys = [f"{name}-{n}" for n in range(size.repeats) for name in ("ours", "base")]
     if any(key not in store for key in keys):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+from benchmarks.result import Row, Store, at_least, at_most, shown, spread
 from benchmarks.serve import clusters, load
 from benchmarks.serve.clusters import Server
-from benchmarks.serve.result import Row, Store, at_least, at_most, shown, spread
 from benchmarks.serve.texts import words
 
 PORT_PLAIN, PORT_OURS = 18140, 18141
@@ -44,7 +44,7 @@ QUICK = Size(alone=4, together=16, repeats=1)
 
 def measure(quick: bool) -> list[Row]:
     """Rows of this part; what was measured of this commit is not measured again."""
-    store, size = Store("overhead", quick), QUICK if quick else FULL
+    store, size = Store(__file__, quick), QUICK if quick else FULL
     if any(_key(name, n) not in store for name in NAMES for n in range(size.repeats)):
         sections = {"prefill": {"replicas": 0}, "decode": {"replicas": 1}}
         with (

@@ -1,48 +1,20 @@
 """Plots of `make bench-serve`, from the raw results that the parts keep."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+from benchmarks import plotting
+from benchmarks.plotting import cdf, style
 
 
 def draw(results: Path, quick: bool) -> None:
     """One PNG for each part that has results."""
-    raw = results / ("raw-quick" if quick else "raw")
-    drawn: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+    panels = {
         "overhead": _overhead,
         "interference": _interference,
         "conversations": _conversations,
     }
-    for part, panel in drawn.items():
-        path = raw / f"{part}.json"
-        if not path.exists():
-            continue
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-        panel(axes, json.loads(path.read_text())["results"])
-        figure.tight_layout()
-        figure.savefig((raw if quick else results) / f"{part}.png", dpi=110)
-        plt.close(figure)
-
-
-def _cdf(axes: Axes, values: list[float], label: str) -> None:
-    ordered = sorted(values)
-    share = [(n + 1) / len(ordered) for n in range(len(ordered))]
-    axes.step([1000 * value for value in ordered], share, where="post", label=label)
-
-
-def _style(axes: Axes, title: str, across: str, up: str = "share") -> None:
-    axes.set_title(title)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    plotting.draw(panels, results, quick)
 
 
 def _overhead(axes: Any, results: dict[str, Any]) -> None:
@@ -51,9 +23,9 @@ def _overhead(axes: Any, results: dict[str, Any]) -> None:
         for panel, what in zip(axes, ("ttft_s", "itl_s"), strict=True):
             values = [value for block in blocks for value in block["alone"][what]]
             if values:
-                _cdf(panel, values, name)
-    _style(axes[0], "Cached prompts of 200 tokens, one at a time", "TTFT, ms")
-    _style(axes[1], "The same", "between tokens, mean of an answer, ms")
+                cdf(panel, values, name)
+    style(axes[0], "Cached prompts of 200 tokens, one at a time", "TTFT, ms")
+    style(axes[1], "The same", "between tokens, mean of an answer, ms")
 
 
 def _interference(axes: Any, results: dict[str, Any]) -> None:
@@ -67,11 +39,11 @@ def _interference(axes: Any, results: dict[str, Any]) -> None:
         gaps = sorted(gap for stream in done["gaps_s"] for gap in stream)
         beyond = [1 - n / len(gaps) for n in range(len(gaps))]
         axes[0].step([1000 * gap for gap in gaps], beyond, where="post", label=label)
-        _cdf(axes[1], done["prompts"]["ttft_s"], label)
+        cdf(axes[1], done["prompts"]["ttft_s"], label)
     axes[0].set_xscale("log")
     axes[0].set_yscale("log")
-    _style(axes[0], "Streams while 2k prompts arrive", "between tokens, ms", "share of gaps beyond")
-    _style(axes[1], "The prompts", "TTFT, ms")
+    style(axes[0], "Streams while 2k prompts arrive", "between tokens, ms", "share of gaps beyond")
+    style(axes[1], "The prompts", "TTFT, ms")
 
 
 def _conversations(axes: Any, results: dict[str, Any]) -> None:
@@ -79,7 +51,7 @@ def _conversations(axes: Any, results: dict[str, Any]) -> None:
     for policy in policies:
         runs = [done for key, done in results.items() if key.rsplit("-", 1)[0] == policy]
         turns = [turn for done in runs for turn in done["turns"]]
-        _cdf(axes[0], [turn["ttft_s"] for turn in turns], policy)
+        cdf(axes[0], [turn["ttft_s"] for turn in turns], policy)
         numbers = sorted({turn["turn"] for turn in turns})
         means = [
             sum(of_turn) / len(of_turn)
@@ -87,5 +59,5 @@ def _conversations(axes: Any, results: dict[str, Any]) -> None:
             if (of_turn := [turn["ttft_s"] for turn in turns if turn["turn"] == number])
         ]
         axes[1].plot([number + 1 for number in numbers], means, marker="o", label=policy)
-    _style(axes[0], "Turns of four conversations on two engines", "TTFT, ms")
-    _style(axes[1], "Mean TTFT by turn", "turn", "s")
+    style(axes[0], "Turns of four conversations on two engines", "TTFT, ms")
+    style(axes[1], "Mean TTFT by turn", "turn", "s")

@@ -5,7 +5,7 @@ import random
 import re
 from functools import cache
 
-from benchmarks.serve.clusters import model
+from benchmarks.models import model
 
 # The tokenizer writes the space before a word as this letter.
 _WORD = re.compile("\u0120([a-z]{3,8})")

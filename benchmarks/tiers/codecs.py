@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks.serve.result import ROOT, Row, at_least, commit, machine, shown
+from benchmarks.result import ROOT, Row, at_least, commit, machine, shown
 from cluster.model import ensure_default_model
 from kv.codecs.codec import Codec, CodecName
 from kv.codecs.frame import decode_frame, encode_frame, frame_bytes
@@ -86,12 +86,12 @@ def real_pages(folder: Path) -> tuple[list[bytearray], PageShape]:
 
 def _page(shape: PageShape, keys: Any, values: Any) -> bytearray:
     page = bytearray(shape.page_bytes)
-    _numbers(page, shape, shape.keys).copy_(keys)
-    _numbers(page, shape, shape.values).copy_(values)
+    numbers(page, shape, shape.keys).copy_(keys)
+    numbers(page, shape, shape.values).copy_(values)
     return page
 
 
-def _numbers(page: bytearray, shape: PageShape, where: Region) -> Any:
+def numbers(page: bytearray, shape: PageShape, where: Region) -> Any:
     return region(tensor(page, torch.float32), shape, where, "LHTD")
 
 
@@ -162,8 +162,8 @@ def _snr_row(
 ) -> Row:
     signal, noise = torch.zeros(shape.layers).double(), torch.zeros(shape.layers).double()
     for page, found in zip(pages, restored, strict=True):
-        before = _numbers(page, shape, where).double().flatten(1)
-        after = _numbers(found, shape, where).double().flatten(1)
+        before = numbers(page, shape, where).double().flatten(1)
+        after = numbers(found, shape, where).double().flatten(1)
         signal += before.square().sum(1)
         noise += (before - after).square().sum(1)
     worst = float((10 * torch.log10(signal / noise)).min())

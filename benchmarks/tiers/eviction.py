@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from xxhash import xxh3_128_digest
 
-from benchmarks.serve.result import ROOT, Row, at_least, commit, machine, shown
+from benchmarks.result import ROOT, Row, Store, at_least, commit, machine, shown
 from benchmarks.tiers.offline import upper_bound
 from kv.curve import PrefillCurve, PrefillSample, fit_prefill
 from kv.eviction import Lru, Policy, ValueDensity, recompute_s
@@ -105,24 +106,50 @@ def saved_s(found: Sequence[int], seconds_saved: Sequence[float]) -> float:
     return sum(sum(seconds_saved[:depth]) for depth in found)
 
 
-def measure(trace: Path, sizes_percent: Sequence[int] = SIZES_PERCENT) -> tuple[list[Row], Any]:
+def measure(quick: bool) -> list[Row]:
+    """The rows of the trace where it lies, and their report and plot; where it does not lie, one
+    that says so."""
+    trace = find_trace()
+    if not trace.exists():
+        absent = f"not measured: {TRACE} is not in shared/data, of the checkout or beside it"
+        return [Row("eviction against LRU", None, "x", TARGET, False, absent)]
+    sizes = SIZES_PERCENT[:1] if quick else SIZES_PERCENT
+    rows, series = replayed(trace, sizes, Store(__file__, quick).get)
+    if not quick:
+        write(rows, series, RESULTS / "eviction.json")
+        draw(series, RESULTS / "eviction.png")
+    return rows
+
+
+# What is kept under a key, or made now.
+Keep = Callable[[str, Callable[[], Any]], Any]
+
+
+def replayed(
+    trace: Path,
+    sizes_percent: Sequence[int] = SIZES_PERCENT,
+    keep: Keep = lambda _, made: made(),
+) -> tuple[list[Row], Any]:
     """The rows, and the figures of the plot: shares of what a store without end saves."""
     requests = load(trace)
     footprint = len({key for request in requests for key in request.keys})
     tables = {name: seconds_by_depth(curve, requests) for name, curve in CURVES.items()}
-    lru = {
-        size: replay(requests, Lru(), footprint * size // 100, tables["8B on a GPU"])
-        for size in sizes_percent
-    }
+
     # LRU looks at no worth: one replay serves every curve.
-    endless = replay(requests, Lru(), footprint, tables["8B on a GPU"])
+    @cache
+    def lru(places: int) -> list[int]:
+        any_curve = tables["8B on a GPU"]
+        return keep(f"lru, {places}", lambda: replay(requests, Lru(), places, any_curve))
+
     rows = [shown("footprint", footprint, "blocks", f"{len(requests)} requests of {trace.name}")]
     series: dict[str, Any] = {}
     for name, table in tables.items():
-        every = saved_s(endless, table)
+        every = saved_s(lru(footprint), table)
         series[name] = {}
         for size in sizes_percent:
-            point = _point(requests, table, footprint * size // 100, lru[size])
+            places = footprint * size // 100
+            by_lru = lru(places)
+            point = keep(f"{name}, {size} %", partial(_point, requests, table, places, by_lru))
             rows += _rows(name, size, point, every)
             series[name][size] = {
                 "lru": point["lru_s"] / every,
@@ -221,7 +248,7 @@ def main(say: Callable[[str], None] = print) -> int:
     options = parser.parse_args()
     if not options.trace.exists():
         parser.error(f"{options.trace} is not there; give it by --trace")
-    rows, series = measure(options.trace, SIZES_PERCENT[:1] if options.quick else SIZES_PERCENT)
+    rows, series = replayed(options.trace, SIZES_PERCENT[:1] if options.quick else SIZES_PERCENT)
     write(rows, series, RESULTS / ("quick.json" if options.quick else "eviction.json"))
     if not options.quick:
         draw(series, RESULTS / "eviction.png")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import zmq
 
-from benchmarks.serve.result import Row, at_least, commit, machine, shown, spread
+from benchmarks.result import Row, at_least, commit, machine, shown, spread
 from kv.codecs.frame import HEADER_BYTES
 from kv.vault.arena import Extent
 from tests.unit.kv.vault_frames import frame_of

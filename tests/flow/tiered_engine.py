@@ -32,7 +32,10 @@ def prompt(seed: int, blocks: int) -> list[int]:
 
 
 class TieredEngine:
-    """The process, seen from a test. `tiers` as in the configuration's section."""
+    """The process, seen from a test. `tiers` as in the configuration's section; `more` settings are
+    for a `Bench` of another program."""
+
+    program = __file__
 
     def __init__(
         self,
@@ -42,16 +45,16 @@ class TieredEngine:
         kv_bytes: int = 1 << 26,
         max_model_len: int = 1536,
         role: str = "decode",
+        **more: Any,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.log = folder / "engine.log"
         env = {**os.environ, **environment(load(None, {}), model, 1), "PYTHONPATH": str(ROOT)}
-        settings = json.dumps(
-            {"tiers": tiers, "kv_bytes": kv_bytes, "max_model_len": max_model_len, "role": role}
-        )
+        set_here = {"kv_bytes": kv_bytes, "max_model_len": max_model_len, "role": role}
+        settings = json.dumps({"tiers": tiers, **set_here, **more})
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(model), str(folder), settings],
+                [sys.executable, self.program, str(model), str(folder), settings],
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -116,12 +119,16 @@ class Bench:
         transfer = connector.transfer_config(role, "cpu", 30)
         if tiers:
             transfer = with_tiers(transfer, tiers, model_identity(model, engine))
+            self.adapt(transfer, settings)
         self._said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.engine = Engine(options.engine_config(parsed, transfer, True), self._said.put)
         self.engine.start()
         self._names = iter(range(1_000_000))
         self._preempted = 0
         self._count_preemptions(self.engine.core.scheduler)
+
+    def adapt(self, transfer: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Change the engine's `kv_transfer_config`; here it is a replica's."""
 
     def run(
         self, seed: int, blocks: int, n: int, salt: str | None = None, first_blocks: int = 0
@@ -181,7 +188,7 @@ class Bench:
         began = time.perf_counter()
         for ids in prompts:
             name = str(next(self._names))
-            answers[name] = {"tokens": [], "logprobs": []}
+            answers[name] = {"tokens": [], "logprobs": [], "at_s": []}
             params = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, logprobs=0)
             if transfer is not None:
                 params.extra_args = {"kv_transfer_params": dict(transfer)}
@@ -190,12 +197,13 @@ class Bench:
             self.engine.add(request)
         running = set(answers)
         while running:
-            for delta in self._said.get(timeout=60).deltas:
+            for delta in self._said.get(timeout=180).deltas:
                 if delta.request_id not in running:
                     continue
                 assert delta.error is None, delta.error
                 answer = answers[delta.request_id]
-                answer.setdefault("ttft_s", time.perf_counter() - began)
+                if delta.token_ids:
+                    answer["at_s"].append(time.perf_counter() - began)
                 if delta.sources:
                     answer["computed"] = delta.sources.computed_tokens
                     answer["device"] = delta.sources.device_tokens
@@ -285,12 +293,12 @@ class Bench:
         return found[0]
 
 
-def main() -> None:
+def main(program: type[Bench] = Bench) -> None:
     def answer(what: Any) -> None:
         print("> " + json.dumps(what), flush=True)
 
     began = time.perf_counter()
-    bench = Bench(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
+    bench = program(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
     answer({"start_s": time.perf_counter() - began})
     for line in sys.stdin:
         name, arguments = json.loads(line)

@@ -86,7 +86,7 @@ def test_the_rows_say_what_was_found_and_missed(
             ids = [at % 4 * 10 + depth for depth in range(3)]
             lines.write(json.dumps({"timestamp": at * 1000, "hash_ids": ids}) + "\n")
     assert len(load(trace)) == 40
-    rows, series = eviction.measure(trace, (100,))
+    rows, series = eviction.replayed(trace, (100,))
     against = [row for row in rows if row.name.startswith("eviction against LRU")]
     assert len(against) == len(CURVES)
     for row in against:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serve import result
+from benchmarks import result
+from benchmarks.result import Store, at_least, at_most
 from benchmarks.serve.conversations import reusable
 from benchmarks.serve.interference import waited
 from benchmarks.serve.load import Answer, Arrival
-from benchmarks.serve.result import Store, at_least, at_most
 
 
 def _event(choice: dict[str, Any]) -> bytes:
@@ -70,20 +70,15 @@ def test_targets_have_a_direction() -> None:
     assert not at_least("x", 0.94, "x", 0.95).ok
 
 
-@pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(result, "RESULTS", tmp_path)
-    monkeypatch.setattr(result, "commit", lambda: "abc")
-    return tmp_path
-
-
 def test_an_interrupted_run_goes_on_behind_what_it_has(
-    results: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept is not measured again at its commit, and at another one it is."""
-    Store("part", quick=False).get("first", lambda: {"wall_s": 1.5})
-    again = Store("part", quick=False)
+    module = str(tmp_path / "part.py")
+    monkeypatch.setattr(result, "commit", lambda: "abc")
+    Store(module, quick=False).get("first", lambda: {"wall_s": 1.5})
+    again = Store(module, quick=False)
     assert again.get("first", lambda: pytest.fail("measured twice")) == {"wall_s": 1.5}
-    assert "first" not in Store("part", quick=True)
+    assert "first" not in Store(module, quick=True)
     monkeypatch.setattr(result, "commit", lambda: "def")
-    assert "first" not in Store("part", quick=False)
+    assert "first" not in Store(module, quick=False)

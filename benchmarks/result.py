@@ -1,4 +1,8 @@
-"""Rows, raw samples and the report of `make bench-serve`."""
+"""Rows, raw samples and the report of a benchmark: `make bench-serve`, `make bench-tiers`.
+
+Each benchmark is a folder of parts, one module each, and keeps what it measures below its own
+`results`.
+"""
 
 import json
 import os
@@ -14,9 +18,7 @@ from typing import Any
 
 import psutil
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-RESULTS = HERE / "results"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,10 @@ class Store:
     What another commit, or another state of the working tree, measured is measured again.
     """
 
-    def __init__(self, part: str, quick: bool) -> None:
-        self._path = RESULTS / ("raw-quick" if quick else "raw") / f"{part}.json"
+    def __init__(self, module: str, quick: bool) -> None:
+        """`module` is the part's `__file__`: the results lie beside it."""
+        part = Path(module)
+        self._path = raw_folder(part.parent / "results", quick) / f"{part.stem}.json"
         self._commit = commit()
         self._kept: dict[str, Any] = {}
         if self._path.exists():
@@ -107,11 +111,9 @@ class Store:
         return self._kept[key]
 
 
-def forget(quick: bool, part: str) -> None:
-    """Drop what was kept of a part."""
-    folder = RESULTS / ("raw-quick" if quick else "raw")
-    for path in (folder / f"{part}.json", folder / f"{part}.rows.json"):
-        path.unlink(missing_ok=True)
+def raw_folder(results: Path, quick: bool) -> Path:
+    """Where the samples of a benchmark are kept; a smoke run has a folder of its own."""
+    return results / ("raw-quick" if quick else "raw")
 
 
 def commit() -> str:
@@ -133,20 +135,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(parts: Mapping[str, Sequence[Row]], quick: bool) -> Path:
+def write(results: Path, parts: Mapping[str, Sequence[Row]], quick: bool) -> Path:
     """The report: the rows of these parts, and those of others as they were recorded, each with
     the commit that it was measured at. A smoke run has a report of its own."""
-    path = RESULTS / ("quick.json" if quick else "latest.json")
+    path = results / ("quick.json" if quick else "latest.json")
     others = [row for row in _recorded(path) if row["part"] not in parts]
     at = commit()
     rows = [{**asdict(row), "part": part, "commit": at} for part in parts for row in parts[part]]
-    raw = RESULTS / ("raw-quick" if quick else "raw")
+    raw = raw_folder(results, quick)
     report = {
         "machine": machine(),
         "commit": at,
         "date": _now(),
         "rows": sorted([*others, *rows], key=lambda row: str(row["part"])),
-        "raw": sorted(str(each.relative_to(HERE)) for each in raw.glob("*.json")),
+        "raw": sorted(str(each.relative_to(results.parent)) for each in raw.glob("*.json")),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
