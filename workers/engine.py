@@ -38,6 +38,7 @@ from kv.errors import DiskError
 from kv.geometry import Geometry
 from kv.salt import tag_of
 from workers import erasure, pages, work
+from workers.backlog import Backlog
 from workers.erasure import Erased, Erasure
 from workers.messages import Delta, Load, Totals
 from workers.mirror import Change, Mirror
@@ -90,6 +91,7 @@ class Engine:
             time.monotonic,
             self._tiers,
         )
+        self._backlog = Backlog(self._scheduler)
         self._events = _MirrorEvents(self._erasure)
         self._mirror = self._events.mirror
         self._scheduler.kv_event_publisher = self._events
@@ -225,6 +227,7 @@ class Engine:
                 return
             self._erasure.admit(request)
             self._core.add_request(request)
+            self._backlog.admit(request)
         except Exception as error:  # the order's edge: a bad request must not end the loop
             refusal = Delta(request.request_id, [], finish_reason="error", error=str(error))
             self._listener(StepReport([refusal], Change(), self._load()))
@@ -279,7 +282,7 @@ class Engine:
     def _load(self) -> Load:
         scheduler = self._scheduler
         running, waiting = scheduler.get_request_counts()
-        pending = [tokens for r in scheduler.requests.values() if (tokens := _to_compute(r))]
+        pending = self._backlog.tokens()
         return Load(
             waiting=waiting,
             running=running,
@@ -428,15 +431,6 @@ def _advance_grammar(request: Request, answered: Sequence[int]) -> bool:
     if not grammar.accept_tokens(request.request_id, list(answered)):
         raise ValueError(f"the grammar refuses {len(answered)} tokens that were given under it")
     return True
-
-
-def _to_compute(request: Request) -> int:
-    """Prompt tokens that this engine has still to compute; a handoff brings them instead."""
-    params = request.kv_transfer_params or {}
-    if request.is_finished() or params.get("do_remote_prefill") or request.status in _RECEIVING:
-        return 0
-    left: int = request.num_prompt_tokens - request.num_computed_tokens
-    return max(0, left)
 
 
 def _lease_s(config: VllmConfig) -> float:

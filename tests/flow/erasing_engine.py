@@ -58,6 +58,13 @@ class Bench:
         request.session_id = tag_of(salt)
         self.engine.add(request)
 
+    def busy(self) -> Any:
+        """The next report of an engine that has a request."""
+        while True:
+            report = self._said.get(timeout=60)
+            if report.load.waiting + report.load.running:
+                return report
+
     def tokens(self, name: str, until: int) -> list[int]:
         """Of a request, until there are so many."""
         tokens: list[int] = []
