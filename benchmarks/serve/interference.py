@@ -176,7 +176,10 @@ def _gaps_within(answer: load.Answer, began_s: float, ended_s: float) -> list[fl
 
 
 def _body(prompt: str, tokens: int) -> dict[str, Any]:
-    fixed = {"model": "smollm2", "temperature": 0, "ignore_eos": True}
+    fixed: dict[str, Any] = {"model": "smollm2", "temperature": 0, "ignore_eos": True}
+    # Tokens without text are tokens: of a stream's last thousands many are, and a gap over
+    # them would pass for a stall.
+    fixed["return_token_ids"] = True
     return {**fixed, "prompt": prompt, "max_tokens": tokens}
 
 
