@@ -77,6 +77,11 @@ class DiskStore:
         """Whether the block is here to be read, as far as is known without reading it."""
         return (_folder(tag), key) in self._files
 
+    def held(self) -> list[bytes]:
+        """The key of every block that is here to be read, the oldest first."""
+        with self._lock:
+            return [key for _, key in self._files]
+
     def touch(self, tag: str, key: bytes) -> None:
         """The block was of use: it is the last to go."""
         with self._lock, suppress(KeyError):

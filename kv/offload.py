@@ -13,9 +13,9 @@ holds the parts of it that we lean on to the pinned version.
 import os
 import queue
 import time
+from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
@@ -34,6 +34,8 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
     ScheduleEndContext,
     TransferResult,
+    get_offload_block_hash,
+    get_offload_group_idx,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
@@ -45,22 +47,58 @@ from vllm.v1.kv_offload.tiering.manager import (
     TieringOffloadingManager,
 )
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import Request
 
+from kv.catalogue import Tier
 from kv.errors import DiskError
 from kv.offload_disk import DiskTier, tag_of
 from kv.pages import Plane, copy_pages, planes
+from kv.promoted import DEADLINE, Promoted
 
 logger = init_logger(__name__)
 
+_MOST_UNREPORTED = 10_000
+
 
 class TieredConnector(OffloadingConnector):
-    """vLLM's connector, which knows of pages that another connector is about to fill.
+    """vLLM's connector, which knows of pages that another connector is about to fill, and keeps
+    where each request's tokens came from.
 
     A page that a request gave back may still have to be copied to the host tier. Stock, that copy
     is waited for if the page is given to a request that is computed, or loaded from the tiers; not
     if NIXL writes into it, which would leave the new owner's KV under the old one's name.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # By request, until who reports them takes them; those that end unreported go with time.
+        self.loaded: OrderedDict[str, dict[CacheHitSource, int]] = OrderedDict()
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        # Stock, a request's `max_load_tokens` are counted behind its device hit, which may be
+        # another than its plan knew; a plan's are counted from the start of the prompt.
+        reach = (request.kv_transfer_params or {}).get("max_load_tokens")
+        if reach is not None:
+            status = self.connector_scheduler._req_status[request.request_id]
+            status.max_load_tokens = max(0, reach - num_computed_tokens)
+        found: tuple[int | None, bool] = super().get_num_new_matched_tokens(
+            request, num_computed_tokens
+        )
+        return found
+
+    def get_external_cache_hit_sources(
+        self, request: Request, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        sources: dict[CacheHitSource, int] = super().get_external_cache_hit_sources(
+            request, num_external_tokens
+        )
+        self.loaded[request.request_id] = sources
+        if len(self.loaded) > _MOST_UNREPORTED:
+            self.loaded.popitem(last=False)
+        return sources
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -214,13 +252,6 @@ class BatchedCopyWorker(OffloadingWorker):
 # ------------------------------------------------------------------ host, and what lies behind it
 
 
-@dataclass(slots=True)
-class _Promoted:
-    """Blocks that were fetched into the host tier for one request."""
-
-    keys: set[OffloadKey] = field(default_factory=set)
-
-
 class Tiers(TieringOffloadingManager):
     """vLLM's manager, with an end to its retries and with erasure. The engine's thread only.
 
@@ -243,13 +274,18 @@ class Tiers(TieringOffloadingManager):
     ) -> LookupResult:
         if key in self._doomed:
             return LookupResult.MISS
-        return super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        result = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        if result is LookupResult.HIT or result is LookupResult.MISS:
+            return result
+        return LookupResult.MISS if self._overran(req_context) else result
+
+    def _overran(self, req_context: ReqContext) -> bool:
+        """Whether a request has waited as long as its plan lets it; the rest is computed then."""
+        deadline_s = (req_context.kv_transfer_params or {}).get(DEADLINE)
+        return _promoted(req_context).overran(deadline_s, time.monotonic())
 
     def _initiate_promotion(self, tier_idx: int, key: OffloadKey, req_context: ReqContext) -> bool:
-        promoted = req_context.get_state(_Promoted)
-        if promoted is None:
-            promoted = _Promoted()
-            req_context.set_state(promoted)
+        promoted = _promoted(req_context)
         if key in promoted.keys or len(promoted.keys) >= self._most_promoted:
             return False
         started: bool = super()._initiate_promotion(tier_idx, key, req_context)
@@ -291,8 +327,22 @@ class Tiers(TieringOffloadingManager):
 
     def reset_cache(self) -> None:
         super().reset_cache()
+        if self.primary_tier.events is not None:
+            gone = OffloadingEvent(list(self._tags), Medium.CPU, removed=True)
+            self.primary_tier.events.append(gone)
         self._tags.clear()
         self._doomed.clear()
+
+    def behind(self) -> tuple[Tier, ...]:
+        """The tiers that there are, in the order in which they are asked."""
+        disk = any(isinstance(tier, DiskTier) for tier in self.secondary_tiers)
+        return (Tier.HOST, Tier.DISK) if disk else (Tier.HOST,)
+
+    def found(self) -> list[bytes]:
+        """Engine names of the first group's blocks that are on disk: at a start, what was found."""
+        disks = [tier for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
+        keys = (OffloadKey(key) for disk in disks for key in disk.store.held())
+        return [get_offload_block_hash(key) for key in keys if not get_offload_group_idx(key)]
 
     def seal(self, request_id: str) -> None:
         """Store no more of this request: its tenant was erased while it ran."""
@@ -341,3 +391,9 @@ class Tiers(TieringOffloadingManager):
                 primary.events.append(OffloadingEvent([key], Medium.CPU, removed=True))
         self._tags.pop(key, None)
         return True
+
+
+def _promoted(req_context: ReqContext) -> Promoted:
+    promoted: Promoted = req_context.get_state(Promoted) or Promoted()
+    req_context.set_state(promoted)
+    return promoted

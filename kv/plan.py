@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import isfinite
 
+from kv.catalogue import Tier
 from kv.errors import PlanError
 
 # Visible ASCII without the characters that separate the parts of a header.
@@ -35,6 +36,7 @@ class Reason(StrEnum):
     ONLY_REPLICA = "only_replica"  # nothing else was routable
     CHEAPER_LOCAL = "cheaper_local"  # computing on D costs less than the best handoff
     CHEAPER_REMOTE = "cheaper_remote"  # computing on P, with the handoff, costs less than on D
+    CHEAPER_FETCH = "cheaper_fetch"  # taking a prefix from tiers costs less than computing it
     NO_PREFILL_REPLICA = "no_prefill_replica"  # several D were routable, but no P
     NO_CATALOGUE = "no_catalogue"  # nobody could say what is cached where: planned as if nothing
     SESSION = "session"  # about as cheap as the best, and where this session's other turns go
@@ -50,15 +52,23 @@ class Reason(StrEnum):
 class Span:
     """Prompt tokens [start_token, end_token) and the replica that has, gets or computes their KV.
 
-    Raises PlanError for an empty span or a replica name that does not fit in a header.
+    `tier` is where a fetch takes them from. Raises PlanError for an empty span, a replica name that
+    does not fit in a header, a fetch without a tier, and a tier without a fetch.
     """
 
     source: Source
     start_token: int
     end_token: int
     replica: str
+    tier: Tier | None = None
 
     def __post_init__(self) -> None:
+        if (self.tier is None) is (self.source is Source.FETCH):
+            raise PlanError(
+                f"{self.source} span at {self.replica}",
+                f"its tier is {self.tier}",
+                "give fetches a tier, and nothing else",
+            )
         if not 0 <= self.start_token < self.end_token:
             raise PlanError(
                 f"{self.source} span at {self.replica}",
@@ -69,6 +79,24 @@ class Span:
             raise PlanError(
                 "span", f"replica name {self.replica!r}", "use visible ASCII without ; = @"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What the replica that computes may take from its tiers.
+
+    Of the prompt's first `reach_tokens` (None: of all) those that its paged KV lacks, from `tiers`,
+    as far as they are there within `deadline_s` of being asked for (None: however long that takes).
+    What lies behind is computed, whatever tiers hold. By default everything is.
+    """
+
+    reach_tokens: int | None = 0
+    tiers: tuple[Tier, ...] = ()
+    deadline_s: float | None = None
+
+
+# For plans that know nothing of tiers: the engine takes what it has.
+UNHINTED = Hints(None, tuple(Tier))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +115,9 @@ class Plan:
     """The chosen plan of one request: spans that tile its prompt, and the next best rivals.
 
     `cost_s` is the objective that plans are ranked by: predicted seconds, plus a price in seconds
-    for GPU time, bytes moved and cache displaced. Raises PlanError for no spans, for spans with a
-    gap, an overlap or a start after token 0, and for a prediction below 0 or not finite.
+    for GPU time, bytes moved and cache displaced. `hints` are for the replica that computes. Raises
+    PlanError for no spans, for spans with a gap, an overlap or a start after token 0, and for a
+    prediction below 0 or not finite.
     """
 
     shape: Shape
@@ -99,6 +128,7 @@ class Plan:
     predicted_ttft_s: float
     cost_s: float
     rivals: tuple[Rival, ...]
+    hints: Hints = Hints()
 
     def __post_init__(self) -> None:
         if not (isfinite(self.predicted_ttft_s) and self.predicted_ttft_s >= 0.0):
@@ -117,10 +147,10 @@ class Plan:
         """The value of `x-breakeven-plan`: tokens by source and replica, hits first, even if none.
 
         For instance `remote; hit=96@prefill-0 compute=928@prefill-0; predicted_ttft_ms=812;
-        reason=cheaper_remote`, on one line.
+        reason=cheaper_remote`, on one line. A fetch names its tier too: `fetch=512@decode-0/host`.
         """
         shown = [
-            f"{source}={span.end_token - span.start_token}@{span.replica}"
+            f"{source}={span.end_token - span.start_token}@{_place(span)}"
             for source in Source
             for span in self.spans
             if span.source is source
@@ -130,6 +160,10 @@ class Plan:
         ttft_ms = round(self.predicted_ttft_s * 1000)
         spans = " ".join(shown)
         return f"{self.shape}; {spans}; predicted_ttft_ms={ttft_ms}; reason={self.reason}"
+
+
+def _place(span: Span) -> str:
+    return span.replica if span.tier is None else f"{span.replica}/{span.tier}"
 
 
 def _check_tiling(shape: Shape, spans: tuple[Span, ...]) -> None:

@@ -64,6 +64,11 @@ class Record:
         both = (self.prefill_sources, self.decode_sources)
         return sum(sources.computed_tokens for sources in both if sources is not None)
 
+    def sources(self) -> dict[str, dict[str, int]]:
+        """Where each replica's prompt tokens came from, by its part in the plan."""
+        both = {"prefill": self.prefill_sources, "decode": self.decode_sources}
+        return {role: sources.by_source() for role, sources in both.items() if sources is not None}
+
     def cached_tokens(self) -> int:
         """Prompt tokens that were not computed anywhere for this request."""
         return max(0, self.prompt_tokens - self.computed_tokens())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kv.catalogue import Tier
 from kv.curve import LinkCurve
 
 if TYPE_CHECKING:
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 # The rows of `Columns.loads`.
-BASE_S, PER_TOKEN_S, PER_TOKEN2_S, QUEUE_S, WAITING_S, ENTRY_S, OWN_S, RUNNING = range(8)
+BASE_S, PER_TOKEN_S, PER_TOKEN2_S, QUEUE_S, WAITING_S, ENTRY_S, OWN_S, RUNNING, UNNAMED = range(9)
+_ROWS = 9
+
+# The order in which an engine asks the tiers behind its paged KV.
+TIER_ORDER = tuple(tier for tier in Tier if tier is not Tier.DEVICE)
 
 
 class LinkColumns(NamedTuple):
@@ -49,12 +54,46 @@ class LinkColumns(NamedTuple):
         return links
 
 
+class TierColumns(NamedTuple):
+    """What tiers hold of a prompt, float64 of shape (tiers, replicas).
+
+    `tokens` counts the leading ones that a tier holds. Fetching n bytes from there into the paged
+    KV takes `latency_s + n * per_byte_s`; the latency is infinite where a tier holds nothing.
+    """
+
+    order: tuple[Tier, ...]
+    tokens: Floats
+    latency_s: Floats
+    per_byte_s: Floats
+
+    @classmethod
+    def of(cls, rows: Mapping[int, "ReplicaView"], replicas: int) -> "TierColumns | None":
+        """The tiers of the replicas at these places, of so many; None if they hold nothing of the
+        prompt."""
+        found = [
+            (view, place) for place, row in rows.items() for view in row.tiers if view.hit_tokens
+        ]
+        order = tuple(tier for tier in TIER_ORDER if any(view.tier is tier for view, _ in found))
+        if not order:
+            return None
+        shape = (len(order), replicas)
+        columns = cls(order, np.zeros(shape), np.full(shape, np.inf), np.zeros(shape))
+        for view, place in found:
+            at = order.index(view.tier), place
+            columns.tokens[at] = view.hit_tokens
+            columns.latency_s[at] = view.curve.latency_s
+            columns.per_byte_s[at] = view.curve.per_byte_s
+        return columns
+
+
 class Columns(NamedTuple):
-    """Replicas by name, decode replicas first; `loads` is float64 of shape (8, replicas).
+    """Replicas by name, decode replicas first; `loads` is float64 of shape (9, replicas).
 
     Its rows are the prefill curve's three coefficients; seconds until what is queued is computed;
     seconds until those that wait run; what a handoff to it costs beside its link; what a local
-    prefill costs beside its compute; and how many streams run. `hit_tokens` is float64 a replica.
+    prefill costs beside its compute; how many streams run; and 1 where tiers hold what nobody was
+    told of. `hit_tokens` is float64 a replica. `tiers` is None where none holds more than the paged
+    KV does.
     """
 
     names: tuple[str, ...]
@@ -62,6 +101,7 @@ class Columns(NamedTuple):
     loads: Floats
     links: LinkColumns
     hit_tokens: Floats
+    tiers: TierColumns | None = None
 
     @classmethod
     def of(
@@ -79,12 +119,13 @@ class Columns(NamedTuple):
             loads_of(rows),
             LinkColumns.of(names[: len(decode)], names[len(decode) :], curves),
             np.array([float(row.hit_tokens) for row in rows]),
+            TierColumns.of(dict(enumerate(rows)), len(rows)),
         )
 
 
 def loads_of(rows: Sequence["ReplicaView"]) -> Floats:
     """The columns of these rows, whatever their hits."""
-    return np.array([load_of(row) for row in rows], dtype=np.float64).reshape(-1, 8).T.copy()
+    return np.array([load_of(row) for row in rows], dtype=np.float64).reshape(-1, _ROWS).T.copy()
 
 
 def load_of(row: "ReplicaView") -> tuple[float, ...]:
@@ -99,6 +140,7 @@ def load_of(row: "ReplicaView") -> tuple[float, ...]:
         queue_s,
         *costs,
         float(row.running),
+        float(row.unnamed),
     )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 
+from kv.catalogue import Tier
 from router.speed import Speed, speed_of
 from workers.errors import ReplicaLostError, WorkerError
 from workers.messages import (
@@ -257,3 +258,10 @@ class Member:
             return
         self._sequence = blocks.sequence
         self._on_blocks(self, blocks)
+
+
+def tier_bytes(member: Member, tier: Tier) -> int:
+    """Bytes of KV that a tier behind a replica's paged KV holds, as the replica last told."""
+    told, replica = member.load.tiers.get(tier), member.replica
+    blocks = 0 if told is None else told.blocks
+    return blocks * replica.block_tokens * replica.kv_bytes_per_token

@@ -8,9 +8,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kv.catalogue import Tier
 from router.audit import Record
 from router.fleet import Fleet
-from router.member import Member
+from router.member import Member, tier_bytes
 from router.orders import Order
 from router.policy import Policy
 from router.shadow import Outcome, Shadow
@@ -93,6 +94,7 @@ def _fields(record: Record) -> dict[str, Any]:
         "outcome": record.outcome,
         "prompt_tokens": record.prompt_tokens,
         "cached_tokens": record.cached_tokens(),
+        "sources": record.sources(),
         "generated_tokens": record.generated_tokens,
         "ttft_s": record.ttft_s,
     }
@@ -114,6 +116,8 @@ class FleetMetrics(Collector):
         for member in members:
             up.add_metric([member.replica.role, member.name], float(member.up))
         held.add_metric(["device"], sum(map(self._cached_bytes, members)))
+        for tier in sorted({tier for member in members for tier in member.load.tiers}):
+            held.add_metric([tier], sum(tier_bytes(member, tier) for member in members))
         leases.add_metric([], sum(member.load.leased for member in members))
         yield up
         yield leases
@@ -147,10 +151,10 @@ class FleetMetrics(Collector):
             "breakeven_prompt_tokens", "Prompt tokens by source", labels=["source"]
         )
         totals = [totals for _, totals in self._counted()]
-        tokens.add_metric(["device"], sum(t.prompt_tokens_device for t in totals))
-        tokens.add_metric(["host"], sum(t.prompt_tokens_host for t in totals))
-        tokens.add_metric(["disk"], sum(t.prompt_tokens_disk for t in totals))
-        tokens.add_metric(["computed"], sum(t.prompt_tokens_computed for t in totals))
+        # What a handoff brought was counted where its prefill replica had it from.
+        for source in (*Tier, "computed"):
+            name = f"prompt_tokens_{source}"
+            tokens.add_metric([source], sum(getattr(each, name) for each in totals))
         return tokens
 
     def _transfers(self) -> Iterator[Metric]:

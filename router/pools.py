@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from kv.catalogue import Tier
 from kv.curve import LinkCurve
 from router.catalogue.wire import Found, Taken
-from router.columns import Columns, Floats, LinkColumns, load_of, loads_of
+from router.columns import TIER_ORDER, Columns, Floats, LinkColumns, TierColumns, load_of, loads_of
 from router.member import Member
-from router.snapshot import Pool, ReplicaView, Snapshot
-from workers.messages import Role
+from router.snapshot import Pool, ReplicaView, Snapshot, TierView
+from workers.messages import Role, TierLoad
 
 NOTHING = Taken()
 Pair = tuple[str, str]
@@ -65,14 +66,30 @@ class Pools:
         hit_tokens = np.array(
             [depth_of(epoch, 0) * block_tokens for epoch in self._epochs], np.float64
         )
+        held = self._held(found.tiers) if found is not None and found.tiers else {}
+        decode_held = {at: tokens for at, tokens in held.items() if at < n_decode}
+        prefill_held = {at - n_decode: tokens for at, tokens in held.items() if at >= n_decode}
+        prefill = Pool(rows[n_decode:], hit_tokens[n_decode:], prefill_held)
+        decode = Pool(rows[:n_decode], hit_tokens[:n_decode], decode_held)
+        holders = {at: decode[at] for at in decode_held}
+        holders |= {at + n_decode: prefill[at] for at in prefill_held}
+        tiers = TierColumns.of(holders, len(names)) if held else None
         return Snapshot(
-            prefill=Pool(rows[n_decode:], hit_tokens[n_decode:]),
-            decode=Pool(rows[:n_decode], hit_tokens[:n_decode]),
+            prefill=prefill,
+            decode=decode,
             links=curves,
             kv_bytes_per_token=self._kv_bytes_per_token,
-            columns=Columns(names, n_decode, loads, self._links, hit_tokens),
+            columns=Columns(names, n_decode, loads, self._links, hit_tokens, tiers),
             blind=found is None,
         )
+
+    def _held(self, tiers: Mapping[str, Mapping[Tier, int]]) -> dict[int, dict[Tier, int]]:
+        """Leading tokens that tiers hold, by the place of their replica."""
+        places = {epoch: place for place, epoch in enumerate(self._epochs) if epoch in tiers}
+        return {
+            place: {tier: depth * self._block_tokens for tier, depth in tiers[epoch].items()}
+            for epoch, place in places.items()
+        }
 
     def _with(self, others: Mapping[str, Taken]) -> tuple[list[ReplicaView], Floats]:
         """Rows and loads, with what other ingresses have sent on top."""
@@ -144,4 +161,12 @@ def view_of(member: Member, sent: Taken, others: Taken = NOTHING) -> ReplicaView
         max(load.running, unreported),
         replica.max_num_seqs,
         0,
+        _tiers(load.tiers) if load.tiers else (),
+        any(tier.unnamed for tier in load.tiers.values()),
     )
+
+
+def _tiers(told: Mapping[Tier, TierLoad]) -> tuple[TierView, ...]:
+    """Those that a replica told of, in the order in which its engine asks them."""
+    there = ((tier, told[tier]) for tier in TIER_ORDER if tier in told)
+    return tuple(TierView(tier, LinkCurve(each.latency_s, each.per_byte_s)) for tier, each in there)

@@ -3,11 +3,12 @@
 from dataclasses import asdict
 from typing import Any
 
+from kv.catalogue import Tier
 from router.audit import Record, Shadowed
 from router.catalogue.wire import Line
 from router.fleet import Fleet
 from router.forget import Outcome
-from router.member import Member
+from router.member import Member, tier_bytes
 
 
 def replica_row(fleet: Fleet, member: Member) -> dict[str, Any]:
@@ -26,12 +27,24 @@ def replica_row(fleet: Fleet, member: Member) -> dict[str, Any]:
         "kv_usage": round(load.kv_usage, 4),
         "kv_blocks": replica.kv_blocks,
         "cached_blocks": fleet.cached_blocks(member),
+        "tiers": {tier: _tier(member, tier) for tier in load.tiers},
         "warmed_pairs": len(warmed),
         "lanes": list(load.lanes),
         "transfer_bytes": load.totals.transfer_bytes,
         "failed_transfers": load.totals.failed_transfers,
         "kv_bytes_per_token": replica.kv_bytes_per_token,
         "max_num_seqs": replica.max_num_seqs,
+    }
+
+
+def _tier(member: Member, tier: Tier) -> dict[str, Any]:
+    told = member.load.tiers[tier]
+    return {
+        "blocks": told.blocks,
+        "unnamed_blocks": told.unnamed,
+        "bytes": tier_bytes(member, tier),
+        "latency_s": told.latency_s,
+        "bytes_per_s": None if told.per_byte_s == 0 else 1 / told.per_byte_s,
     }
 
 
@@ -58,6 +71,7 @@ def decision_row(record: Record) -> dict[str, Any]:
         "class": record.service_class,
         "prompt_tokens": record.prompt_tokens,
         "cached_tokens": record.cached_tokens(),
+        "sources": record.sources(),
         "generated_tokens": record.generated_tokens,
         "outcome": record.outcome if record.ended_at is not None else "running",
         "plan": plan.header(),

@@ -121,8 +121,10 @@ def _member(fleet: Fleet, name: str) -> Member:
 
 
 def _submit(attempt: Attempt, role: Role, handoff: Handoff | None) -> Submit:
-    request = attempt.request
-    return Submit(attempt.engine_id, role, request.tokens, request.body, handoff, request.answered)
+    request, hints = attempt.request, attempt.plan.hints
+    return Submit(
+        attempt.engine_id, role, request.tokens, request.body, handoff, request.answered, hints
+    )
 
 
 def _outward(attempt: Attempt, delta: Delta, record: Record) -> Delta:

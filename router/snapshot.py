@@ -2,10 +2,22 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import overload
 
+from kv.catalogue import Tier
 from kv.curve import LinkCurve, PrefillCurve
 from router.columns import Columns, Floats
+
+
+@dataclass(frozen=True, slots=True)
+class TierView:
+    """One tier behind a replica's paged KV: how many leading tokens of this request's prompt it
+    holds, and what fetching bytes from there costs."""
+
+    tier: Tier
+    curve: LinkCurve
+    hit_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +25,8 @@ class ReplicaView:
     """One routable replica.
 
     `queued_tokens` are prompt tokens of `queued_prefills` other requests that it has still to
-    compute; `hit_tokens` is how much of this request's prompt its paged KV holds.
+    compute; `hit_tokens` is how much of this request's prompt its paged KV holds. `unnamed`: its
+    tiers hold blocks of which it does not know yet what prompts they belong to.
     """
 
     name: str
@@ -25,6 +38,8 @@ class ReplicaView:
     running: int
     max_num_seqs: int
     hit_tokens: int
+    tiers: tuple[TierView, ...] = ()
+    unnamed: bool = False
 
     @property
     def queue_s(self) -> float:
@@ -43,13 +58,22 @@ class ReplicaView:
         return self.running * self.step_s * (self.max_num_seqs if full else 1)
 
 
+# Leading tokens of a prompt that tiers hold, by a replica's place in its pool.
+TierTokens = Mapping[int, Mapping[Tier, int]]
+
+
 class Pool(Sequence[ReplicaView]):
     """Replicas of one role by name: rows that outlive a request, and its hits, float64 a row."""
 
-    __slots__ = ("_hit_tokens", "_rows")
+    __slots__ = ("_hit_tokens", "_rows", "_tier_tokens")
 
-    def __init__(self, rows: Sequence[ReplicaView], hit_tokens: Floats) -> None:
-        self._rows, self._hit_tokens = rows, hit_tokens
+    def __init__(
+        self,
+        rows: Sequence[ReplicaView],
+        hit_tokens: Floats,
+        tier_tokens: TierTokens = MappingProxyType({}),
+    ) -> None:
+        self._rows, self._hit_tokens, self._tier_tokens = rows, hit_tokens, tier_tokens
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -59,9 +83,14 @@ class Pool(Sequence[ReplicaView]):
     @overload
     def __getitem__(self, at: slice) -> Sequence[ReplicaView]: ...
     def __getitem__(self, at: int | slice) -> ReplicaView | Sequence[ReplicaView]:
-        if isinstance(at, slice):
-            return Pool(self._rows[at], self._hit_tokens[at])
-        return replace(self._rows[at], hit_tokens=int(self._hit_tokens[at]))
+        places = range(len(self._rows))[at]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        row, held = self._rows[places], self._tier_tokens.get(places)
+        if held is None:
+            return replace(row, hit_tokens=int(self._hit_tokens[places]))
+        tiers = tuple(replace(view, hit_tokens=held.get(view.tier, 0)) for view in row.tiers)
+        return replace(row, hit_tokens=int(self._hit_tokens[places]), tiers=tiers)
 
     def __iter__(self) -> Iterator[ReplicaView]:
         return (self[at] for at in range(len(self)))

@@ -14,35 +14,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from vllm.config import VllmConfig
-from vllm.distributed.kv_events import (
-    MEDIUM_GPU,
-    AllBlocksCleared,
-    BlockRemoved,
-    BlockStored,
-    EventBatch,
-    EventPublisher,
-)
+from vllm.distributed.kv_events import EventBatch
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
-from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
+from kv.catalogue import Tier
 from kv.errors import DiskError
 from kv.geometry import Geometry
+from kv.plan import Hints
 from kv.salt import tag_of
 from workers import erasure, pages, work
 from workers.backlog import Backlog
+from workers.counters import Counters, with_tiers
 from workers.erasure import Erased, Erasure
-from workers.messages import Delta, Load, Totals
-from workers.mirror import Change, Mirror
-from workers.tiers import TIERED_CONNECTOR, with_hints
+from workers.events import MirrorEvents
+from workers.messages import Delta, Load, TierLoad
+from workers.mirror import Change
+from workers.tiers import with_hints
 
 logger = init_logger(__name__)
 
@@ -52,26 +47,13 @@ _WAITING_PAUSE_S = 0.001
 _LEASED_PAUSE_S = 0.005
 _RECEIVING = (RequestStatus.WAITING_FOR_REMOTE_KVS,)
 
-# vLLM's words for where KV came from and what was moved, and ours.
-_SOURCES = {
-    CacheHitSource.HOST: "prompt_tokens_host",
-    CacheHitSource.DISK: "prompt_tokens_disk",
-}
-_TIER_METRICS = {
-    "vllm:kv_offload_store_bytes": "host_stored_bytes",
-    "vllm:kv_offload_load_bytes": "host_loaded_bytes",
-    "vllm:kv_offload_tiering_write_bytes": "disk_stored_bytes",
-    "vllm:kv_offload_tiering_read_bytes": "disk_loaded_bytes",
-    "vllm:kv_offload_tiering_promotion_job_failures": "failed_loads",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """What one step produced; handed to the listener on the engine's thread."""
 
     deltas: list[Delta]
-    change: Change
+    changes: tuple[Change, ...]
     load: Load
 
 
@@ -82,7 +64,8 @@ class Engine:
         self._core = EngineCore(config, Executor.get_class(config), log_stats=True)
         self._scheduler: Any = self._core.scheduler
         self._world_size: int = config.parallel_config.world_size
-        self._tiers = _tiers(self._scheduler)
+        self._tiered = _tiered(self._scheduler)
+        self._tiers: Any = None if self._tiered is None else self._tiered.scheduler.manager
         self._erasure = Erasure(
             self._scheduler,
             self._publish,
@@ -92,13 +75,17 @@ class Engine:
             self._tiers,
         )
         self._backlog = Backlog(self._scheduler)
-        self._events = _MirrorEvents(self._erasure)
+        self._events = MirrorEvents(self._erasure)
         self._mirror = self._events.mirror
+        if self._tiers is not None:
+            self._mirror.hold(Tier.DISK, self._tiers.found())
         self._scheduler.kv_event_publisher = self._events
         self._listener = listener
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._trusted_s = _trusted_s(config)
-        self._totals = _Counters(tiered=self._tiers is not None)
+        behind = () if self._tiers is None else self._tiers.behind()
+        self._behind: tuple[Tier, ...] = behind
+        self._totals = Counters(behind, time.monotonic)
         self._prompt_tokens: dict[str, int] = {}
         self.failure: BaseException | None = None
         self._stepped_at, self._idle = time.monotonic(), True
@@ -121,16 +108,21 @@ class Engine:
         """Bytes of paged KV that one token takes over all layers and ranks, as allocated."""
         return self._world_size * self.geometry().bytes_per_token()
 
-    def add(self, request: EngineCoreRequest, answered: Sequence[int] = ()) -> None:
+    def add(
+        self,
+        request: EngineCoreRequest,
+        answered: Sequence[int] = (),
+        hints: Hints | None = None,
+    ) -> None:
         """Queue a request. Hashing and grammar set-up happen here, off the step loop.
 
         `answered` tokens at the end of its prompt are of its answer already: a grammar goes on
-        behind them.
+        behind them. `hints` say what it may take from tiers; without any it takes what they have.
         """
         prepared, _ = self._core.preprocess_add_request(request)
         if self._tiers is not None:
             tag = tag_of(prepared.cache_salt)
-            prepared.kv_transfer_params = with_hints(prepared.kv_transfer_params, tag)
+            prepared.kv_transfer_params = with_hints(prepared.kv_transfer_params, tag, hints)
         self._orders.put(lambda: self._admit(prepared, answered))
 
     def abort(self, request_ids: list[str]) -> None:
@@ -150,8 +142,8 @@ class Engine:
         """Erase the blocks of these tags and tell `receiver`, behind the change report."""
         self._orders.put(lambda: self._erase(tags, receiver))
 
-    def snapshot(self, receiver: Callable[[bytes], None]) -> None:
-        """Give `receiver` every catalogue key held, in order with the change reports."""
+    def snapshot(self, receiver: Callable[[dict[Tier, bytes]], None]) -> None:
+        """Give `receiver` every catalogue key held, by tier, in order with the change reports."""
         self._orders.put(lambda: self._give_snapshot(receiver))
 
     def stalled_s(self) -> float:
@@ -217,7 +209,7 @@ class Engine:
         self._core.abort_requests(doubtful)
         stale = "its KV may be stale: the engine stood still while it was read"
         refusals = [Delta(name, [], finish_reason="error", error=stale) for name in doubtful]
-        self._listener(StepReport(refusals, Change(), self._load()))
+        self._listener(StepReport(refusals, (), self._load()))
 
     def _admit(self, request: Request, answered: Sequence[int]) -> None:
         try:
@@ -230,7 +222,7 @@ class Engine:
             self._backlog.admit(request)
         except Exception as error:  # the order's edge: a bad request must not end the loop
             refusal = Delta(request.request_id, [], finish_reason="error", error=str(error))
-            self._listener(StepReport([refusal], Change(), self._load()))
+            self._listener(StepReport([refusal], (), self._load()))
             return
         self._report({})
 
@@ -240,6 +232,7 @@ class Engine:
             self._mirror.clear()
         if self._tiers is not None:
             self._tiers.clear()
+            self._publish()
         self._report({})
 
     def _erase(self, tags: Sequence[str], receiver: Callable[[Erased], None]) -> None:
@@ -247,16 +240,20 @@ class Engine:
             erased = self._erasure.erase(tags)
         except DiskError as error:  # the order's edge: who gave it hears nothing and asks again
             logger.error("erasing is not done: %s", error)
+            self._publish()
             self._report({})
             return
         words = "%d blocks erased, %d of them in use, and %d in tiers"
         logger.info(words, erased.blocks, erased.in_use, erased.in_tiers)
+        self._publish()
         self._report({})
         receiver(erased)
 
     def _publish(self) -> None:
         """Block events otherwise wait for the end of a step."""
-        events = self._scheduler.kv_cache_manager.take_events()
+        events = list(self._scheduler.kv_cache_manager.take_events() or ())
+        if self._tiered is not None:
+            events += self._tiered.take_events()
         if events:
             self._events.publish(EventBatch(ts=time.time(), events=events))
 
@@ -264,13 +261,13 @@ class Engine:
         total = self._scheduler.kv_cache_config.num_blocks
         self._core.collective_rpc(erasure.zero_pages, args=(pages, total))
 
-    def _give_snapshot(self, receiver: Callable[[bytes], None]) -> None:
+    def _give_snapshot(self, receiver: Callable[[dict[Tier, bytes]], None]) -> None:
         # Pending changes go out first: they are part of the snapshot, not news after it.
         self._report({})
-        receiver(self._mirror.snapshot())
+        receiver({tier: self._mirror.snapshot(tier) for tier in (Tier.DEVICE, *self._behind)})
 
     def _report(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        deltas = [work.delta(output) for batch in outputs.values() for output in batch.outputs]
+        deltas = [self._delta(output) for batch in outputs.values() for output in batch.outputs]
         for delta in deltas:
             if delta.handoff is not None:
                 self._erasure.mark(delta.request_id, delta.handoff)
@@ -278,6 +275,13 @@ class Engine:
             self._totals.observe(batch.scheduler_stats)
         self._totals.count(deltas)
         self._listener(StepReport(deltas, self._mirror.take(), self._load()))
+
+    def _delta(self, output: EngineCoreOutput) -> Delta:
+        delta = work.delta(output)
+        if self._tiered is None or delta.sources is None:
+            return delta
+        loaded = self._tiered.loaded.pop(delta.request_id, None)
+        return msgspec.structs.replace(delta, sources=with_tiers(delta.sources, loaded))
 
     def _load(self) -> Load:
         scheduler = self._scheduler
@@ -291,14 +295,20 @@ class Engine:
             leased=len(scheduler.requests) - running - waiting,
             kv_usage=scheduler.kv_cache_manager.usage,
             totals=self._totals.frozen(),
+            tiers={tier: self._tier(tier) for tier in self._behind},
         )
 
+    def _tier(self, tier: Tier) -> TierLoad:
+        curve, mirror = self._totals.curve(tier), self._mirror
+        blocks, unnamed = mirror.blocks(tier), mirror.unnamed(tier)
+        return TierLoad(blocks, unnamed, curve.latency_s, curve.per_byte_s)
 
-def _tiers(scheduler: Any) -> Any:
-    """The `kv.offload.Tiers` of an engine that has some."""
+
+def _tiered(scheduler: Any) -> Any:
+    """The `kv.offload.TieredConnector` of an engine that has tiers."""
     for connector in getattr(scheduler.connector, "sub_connectors", ()):
         if isinstance(connector, OffloadingConnector):
-            return connector.scheduler.manager
+            return connector
     return None
 
 
@@ -314,108 +324,6 @@ def _trusted_s(config: VllmConfig) -> float:
     if transfer is None:
         return math.inf
     return float(transfer.get_from_extra_config("kv_lease_duration", 30)) / 2
-
-
-class _MirrorEvents(EventPublisher):
-    """Feeds vLLM's block events to the mirror, in the process, without tokens leaving it; what
-    belongs to whom, to the erasure."""
-
-    def __init__(self, erasure: Erasure) -> None:
-        super().__init__()
-        self.mirror = Mirror()
-        self._erasure = erasure
-
-    def publish(self, events: EventBatch) -> None:
-        for event in events.events:
-            # What tiers hold is not on the device: it must not be priced as a hit there, and the
-            # erasure learns of it from the tiers themselves.
-            if getattr(event, "medium", MEDIUM_GPU) not in (None, MEDIUM_GPU):
-                continue
-            if isinstance(event, BlockStored):
-                if self._erasure.stored(_in_group(event), event.session_id):
-                    self._store(event)
-            elif isinstance(event, BlockRemoved):
-                self._erasure.removed(_in_group(event))
-                if event.group_idx in (None, 0):
-                    self.mirror.remove(_raw(name) for name in event.block_hashes)
-            elif isinstance(event, AllBlocksCleared):
-                self._erasure.cleared()
-                self.mirror.clear()
-
-    def shutdown(self) -> None:
-        self.mirror.clear()
-
-    def _store(self, event: BlockStored) -> None:
-        # Groups beside the first, and windows that skip blocks, have no chain to be named by.
-        whole = len(event.block_hashes) * event.block_size == len(event.token_ids)
-        if event.group_idx not in (None, 0) or not whole:
-            return
-        extra = event.extra_keys[0] if event.extra_keys else None
-        if event.lora_name is not None or (extra is not None and len(extra) > 1):
-            return  # adapters and images: no catalogue key says what they are
-        first = event.parent_block_hash is None
-        self.mirror.store(
-            [_raw(name) for name in event.block_hashes],
-            None if first else _raw(event.parent_block_hash),
-            event.token_ids,
-            event.block_size,
-            salt=extra[0] if extra and first else None,
-        )
-
-
-class _Counters:
-    """What the engine has done since it started."""
-
-    def __init__(self, tiered: bool) -> None:
-        self._counts: dict[str, float] = {}
-        self._tiered = tiered
-
-    def _add(self, name: str, amount: float) -> None:
-        self._counts[name] = self._counts.get(name, 0) + amount
-
-    def count(self, deltas: list[Delta]) -> None:
-        for delta in deltas:
-            self._add("generated_tokens", len(delta.token_ids))
-            if delta.sources is not None:
-                self._add("prompt_tokens_computed", delta.sources.computed_tokens)
-                self._add("prompt_tokens_device", delta.sources.device_tokens)
-                if not self._tiered:
-                    self._add("prompt_tokens_received", delta.sources.received_tokens)
-
-    def observe(self, stats: SchedulerStats | None) -> None:
-        """What the connectors did in this step."""
-        if stats is None:
-            return
-        seen = stats.kv_connector_stats or {}
-        if not self._tiered:
-            self._observe_handoffs(seen)
-            return
-        for connector, each in seen.items():
-            if connector == TIERED_CONNECTOR:
-                self._observe_tiers(each.get("data", {}))
-            else:
-                self._observe_handoffs(each)
-        hits = stats.connector_prefix_cache_stats
-        for source, tokens in (hits.hits_by_source if hits else {}).items():
-            self._add(_SOURCES.get(source, "prompt_tokens_received"), tokens)
-
-    def _observe_tiers(self, seen: dict[str, dict[tuple[str, ...], float]]) -> None:
-        """vLLM's offloading metrics of this step, by name and labels."""
-        for name, total in _TIER_METRICS.items():
-            self._add(total, sum(seen.get(name, {}).values()))
-
-    def _observe_handoffs(self, seen: dict[str, Any]) -> None:
-        """NIXL's telemetry (lists, one entry a transfer)."""
-        self._add("transfers", len(seen.get("bytes_transferred", ())))
-        self._add("transfer_bytes", sum(seen.get("bytes_transferred", ())))
-        self._add("transfer_s", sum(seen.get("transfer_duration", ())))
-        for name in ("num_failed_transfers", "num_failed_handshakes"):
-            self._add("failed_transfers", sum(seen.get(name, ())))
-        self._add("expired_leases", sum(seen.get("num_kv_expired_reqs", ())))
-
-    def frozen(self) -> Totals:
-        kinds = Totals.__annotations__
-        return Totals(**{k: kinds[k](v) for k, v in self._counts.items()})
 
 
 def _advance_grammar(request: Request, answered: Sequence[int]) -> bool:
@@ -437,15 +345,3 @@ def _lease_s(config: VllmConfig) -> float:
     """How long a finished prefill waits to be read (`workers.connector.transfer_config`)."""
     transfer = config.kv_transfer_config
     return float(transfer.get_from_extra_config("kv_lease_duration", 0)) if transfer else 0.0
-
-
-def _in_group(event: BlockStored | BlockRemoved) -> list[bytes]:
-    """The pool's names of an event's blocks."""
-    group = event.group_idx or 0
-    return [make_block_hash_with_group_id(_raw(name), group) for name in event.block_hashes]
-
-
-def _raw(name: Any) -> bytes:
-    if not isinstance(name, bytes):
-        raise TypeError(f"block hash {name!r} is no bytes; VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES=0")
-    return name

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 import msgspec
 
+from kv.catalogue import Tier
+from kv.plan import Hints
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a replica of another version is not routable.
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 
 
 # vLLM's kv_transfer_params: where a finished prefill's blocks lie. Opaque to the router.
@@ -94,7 +96,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     EngineCoreRequest without it. With `role` prefill the engine computes the prompt, keeps the
     KV under a lease and answers with a handoff; with `handoff` it first takes that KV.
     `answered` are tokens of the answer that another engine gave before it was lost, packed: the
-    engine goes on behind them (`workers.carry`).
+    engine goes on behind them (`workers.carry`). `hints` say what it may take from its tiers;
+    without any it takes what they have. Behind a handoff it takes nothing from them.
     """
 
     request_id: str
@@ -103,6 +106,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     body: bytes
     handoff: Handoff | None = None
     answered: bytes = b""
+    hints: Hints | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -142,15 +146,28 @@ Request = Hello | Submit | Abort | Release | Resync | Reset | Forget
 
 
 class Sources(msgspec.Struct, frozen=True):
-    """Where the tokens of a prompt came from on one engine.
+    """Where the tokens of a prompt came from on one engine; they add up to `prompt_tokens`.
 
-    `received_tokens` are those of a handoff, or of a tier; a request has one or the other.
+    `received_tokens` are those of a handoff. A request has them or those of tiers, never both.
     """
 
     prompt_tokens: int
     computed_tokens: int
     device_tokens: int
     received_tokens: int
+    host_tokens: int = 0
+    disk_tokens: int = 0
+    peer_tokens: int = 0
+    vault_tokens: int = 0
+
+    def by_source(self) -> dict[str, int]:
+        """Tokens by where they came from, without what gave none."""
+        counted = {
+            name.removesuffix("_tokens"): getattr(self, name)
+            for name in self.__struct_fields__
+            if name != "prompt_tokens"
+        }
+        return {source: tokens for source, tokens in counted.items() if tokens}
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -192,6 +209,8 @@ class Totals(msgspec.Struct, frozen=True):
     # engine and gave to it, what the disk tier took from the host tier and gave to it.
     prompt_tokens_host: int = 0
     prompt_tokens_disk: int = 0
+    prompt_tokens_peer: int = 0
+    prompt_tokens_vault: int = 0
     host_stored_bytes: int = 0
     host_loaded_bytes: int = 0
     disk_stored_bytes: int = 0
@@ -202,6 +221,20 @@ class Totals(msgspec.Struct, frozen=True):
         """Both, added up."""
         names = self.__struct_fields__
         return Totals(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+class TierLoad(msgspec.Struct, frozen=True):
+    """What a replica says of one tier behind its paged KV.
+
+    It holds `blocks`; `unnamed` ones among them are in no `Blocks` message, since the replica does
+    not know yet what prompts they belong to. Fetching n bytes into the paged KV takes
+    `latency_s + n * per_byte_s`.
+    """
+
+    blocks: int
+    unnamed: int
+    latency_s: float
+    per_byte_s: float
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
@@ -221,14 +254,16 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     totals: Totals = Totals()
     lanes: tuple[str, ...] = ()
     draining: bool = False
+    tiers: dict[Tier, TierLoad] = {}
 
 
 class Blocks(msgspec.Struct, frozen=True, tag="blocks"):
-    """A change of what the engine's paged KV holds, in catalogue keys, stripped of tokens.
+    """A change of what one tier of an engine holds, in catalogue keys, stripped of tokens.
 
-    Keys are 16 bytes each, concatenated. `sequence` grows by one a message; a receiver that
-    misses one sends `Resync`. With `snapshot`, `stored` is everything held. `at_s` is when the
-    engine reported it, in seconds since 1970 of its node's clock; 0 if that does not matter.
+    Keys are 16 bytes each, concatenated. `sequence` grows by one a message, of whichever tier; a
+    receiver that misses one sends `Resync`. A `snapshot` voids what was said of every tier before;
+    what does not fit into it follows. `at_s` is when the engine reported it, in seconds since 1970
+    of its node's clock; 0 if that does not matter.
     """
 
     sequence: int
@@ -236,6 +271,7 @@ class Blocks(msgspec.Struct, frozen=True, tag="blocks"):
     removed: bytes = b""
     snapshot: bool = False
     at_s: float = 0.0
+    tier: Tier = Tier.DEVICE
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):

@@ -1,25 +1,38 @@
-"""Each worker's mirror of what its engine's paged KV holds, in catalogue keys.
+"""Each worker's mirror of what its engine holds, tier by tier, in catalogue keys.
 
-vLLM names a block by a sha256 chain and publishes tokens and salts with every event. The mirror
-turns that into the catalogue's fast keys, once, inside the worker, so that tokens and salts never
-leave the process, and keeps the whole set for whoever needs a snapshot.
+vLLM names a block by a sha256 chain and publishes tokens and salts with the events of its paged KV.
+The mirror turns that into the catalogue's fast keys, once, inside the worker, so that tokens and
+salts never leave the process, and keeps the whole set for whoever needs a snapshot.
+
+Tiers tell vLLM's names alone. A name is known from when the paged KV held its block until the last
+tier has dropped it. What a tier holds without a known name (found on disk at a start, or
+brought from there before the paged KV had it) is counted, and told once the paged KV has named it.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kv.block import chain, pack_tokens, root_key
+from kv.catalogue import Tier
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Catalogue keys that appeared and went, each concatenated; no key is in both."""
+    """Catalogue keys that appeared in a tier and went, each concatenated; no key is in both."""
 
     stored: bytes = b""
     removed: bytes = b""
+    tier: Tier = Tier.DEVICE
 
-    def __bool__(self) -> bool:
-        return bool(self.stored or self.removed)
+
+@dataclass(slots=True)
+class _Held:
+    """Engine names that one tier holds, and the keys of what changed since the last report."""
+
+    names: set[bytes] = field(default_factory=set)
+    unnamed: int = 0
+    stored: dict[bytes, None] = field(default_factory=dict)
+    removed: dict[bytes, None] = field(default_factory=dict)
 
 
 class Mirror:
@@ -30,11 +43,21 @@ class Mirror:
 
     def __init__(self) -> None:
         self._keys: dict[bytes, bytes] = {}
-        self._stored: dict[bytes, None] = {}
-        self._removed: dict[bytes, None] = {}
+        self._held: dict[Tier, _Held] = {tier: _Held() for tier in Tier}
+        # Names that a tier has dropped: a report later nobody may hold them any more. Not at once,
+        # since vLLM tells what left the paged KV before it tells of the copies that were made.
+        self._dropped: set[bytes] = set()
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._held[Tier.DEVICE].names)
+
+    def blocks(self, tier: Tier) -> int:
+        """How many blocks a tier holds, whether they can be told or not."""
+        return len(self._held[tier].names)
+
+    def unnamed(self, tier: Tier) -> int:
+        """How many of them nobody can be told of, since their keys are not known."""
+        return self._held[tier].unnamed
 
     def store(
         self,
@@ -44,7 +67,7 @@ class Mirror:
         block_tokens: int,
         salt: str | None,
     ) -> None:
-        """Blocks that the engine now holds, in chain order behind `parent`.
+        """Blocks that the paged KV now holds, in chain order behind `parent`.
 
         A block whose parent is unknown is left out: its key cannot be computed, and a block
         that nobody can find is only a lost hit.
@@ -55,29 +78,69 @@ class Mirror:
         keys = chain(root, pack_tokens(token_ids), block_tokens)
         for name, key in zip(hashes, keys, strict=True):
             if name not in self._keys:
-                self._keys[name] = key
-                _cancel_or_note(key, self._removed, self._stored)
+                self._name(name, key)
+        self.hold(Tier.DEVICE, hashes)
 
-    def remove(self, hashes: Iterable[bytes]) -> None:
-        """Blocks that the engine evicted; unknown ones are ignored."""
+    def hold(self, tier: Tier, hashes: Iterable[bytes]) -> None:
+        """Blocks that a tier now holds; those it had already change nothing."""
+        held = self._held[tier]
         for name in hashes:
-            key = self._keys.pop(name, None)
-            if key is not None:
-                _cancel_or_note(key, self._stored, self._removed)
+            if name in held.names:
+                continue
+            held.names.add(name)
+            key = self._keys.get(name)
+            if key is None:
+                held.unnamed += 1
+            else:
+                _cancel_or_note(key, held.removed, held.stored)
 
-    def clear(self) -> None:
-        """The engine dropped its whole cache."""
-        self.remove(list(self._keys))
+    def remove(self, hashes: Iterable[bytes], tier: Tier = Tier.DEVICE) -> None:
+        """Blocks that a tier no longer holds; those it never had are ignored."""
+        held = self._held[tier]
+        for name in hashes:
+            if name not in held.names:
+                continue
+            held.names.remove(name)
+            key = self._keys.get(name)
+            if key is None:
+                held.unnamed -= 1
+            else:
+                _cancel_or_note(key, held.stored, held.removed)
+                self._dropped.add(name)
 
-    def take(self) -> Change:
-        """The net change since the last call."""
-        change = Change(b"".join(self._stored), b"".join(self._removed))
-        self._stored, self._removed = {}, {}
+    def clear(self, tier: Tier = Tier.DEVICE) -> None:
+        """A tier dropped all that it held."""
+        self.remove(list(self._held[tier].names), tier)
+
+    def take(self) -> tuple[Change, ...]:
+        """The net changes since the last call, of each tier that changed."""
+        for name in self._dropped:
+            if not any(name in held.names for held in self._held.values()):
+                del self._keys[name]
+        self._dropped.clear()
+        return tuple(
+            self._change(tier, held)
+            for tier, held in self._held.items()
+            if held.stored or held.removed
+        )
+
+    def snapshot(self, tier: Tier = Tier.DEVICE) -> bytes:
+        """Every key that a tier holds, concatenated; see `kv.block.split_keys`."""
+        names = self._held[tier].names
+        return b"".join(self._keys[name] for name in names if name in self._keys)
+
+    def _name(self, name: bytes, key: bytes) -> None:
+        """A name is known from now on; tiers that hold it can tell."""
+        self._keys[name] = key
+        for held in self._held.values():
+            if name in held.names:
+                held.unnamed -= 1
+                _cancel_or_note(key, held.removed, held.stored)
+
+    def _change(self, tier: Tier, held: _Held) -> Change:
+        change = Change(b"".join(held.stored), b"".join(held.removed), tier)
+        held.stored, held.removed = {}, {}
         return change
-
-    def snapshot(self) -> bytes:
-        """Every key held, concatenated; see `kv.block.split_keys`."""
-        return b"".join(self._keys.values())
 
 
 def _cancel_or_note(key: bytes, opposite: dict[bytes, None], noted: dict[bytes, None]) -> None:

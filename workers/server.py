@@ -7,6 +7,7 @@ requests die with it: an ingress that says nothing for `SILENCE_S` has its reque
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 from kv.block import KEY_BYTES, unpack_tokens
+from kv.catalogue import Tier
 from workers import curve
 from workers import messages as wire
 from workers.errors import EngineDeadError, WireError
@@ -168,7 +170,7 @@ class ReplicaServer:
     def _snapshot(self, identity: bytes) -> None:
         # Taken on the engine's thread, between two steps, so that the deltas which follow it
         # are exactly those that it lacks.
-        def follow(keys: bytes) -> None:
+        def follow(keys: Mapping[Tier, bytes]) -> None:
             self._loop.call_soon_threadsafe(self._follow, identity, keys)
 
         self._engine.snapshot(follow)
@@ -180,18 +182,21 @@ class ReplicaServer:
 
         self._engine.erase(tags, tell)
 
-    def _follow(self, identity: bytes, keys: bytes) -> None:
+    def _follow(self, identity: bytes, keys: Mapping[Tier, bytes]) -> None:
         peer = self._peers.get(identity)
         if peer is None:
             return
         peer.following = True
-        self._send(
-            identity, wire.Blocks(peer.sequence, stored=keys[:_SNAPSHOT_BYTES], snapshot=True)
-        )
-        for start in range(_SNAPSHOT_BYTES, len(keys), _SNAPSHOT_BYTES):
+        pieces = [
+            (tier, held[start : start + _SNAPSHOT_BYTES])
+            for tier, held in keys.items()
+            for start in range(0, len(held), _SNAPSHOT_BYTES)
+        ]
+        tier, stored = pieces[0] if pieces else (Tier.DEVICE, b"")
+        self._send(identity, wire.Blocks(peer.sequence, stored=stored, snapshot=True, tier=tier))
+        for tier, stored in pieces[1:]:
             peer.sequence += 1
-            stored = keys[start : start + _SNAPSHOT_BYTES]
-            self._send(identity, wire.Blocks(peer.sequence, stored=stored))
+            self._send(identity, wire.Blocks(peer.sequence, stored=stored, tier=tier))
 
     def _submit(self, identity: bytes, message: wire.Submit) -> None:
         from workers import work
@@ -201,7 +206,8 @@ class ReplicaServer:
             return
         try:
             answered = message.answered if message.role is wire.Role.DECODE else b""
-            self._engine.add(work.engine_request(message), unpack_tokens(answered))
+            request = work.engine_request(message)
+            self._engine.add(request, unpack_tokens(answered), message.hints)
         except Exception as error:  # the wire's edge: one bad request must not end the replica
             logger.warning("%s refused: %s", message.request_id, type(error).__name__)
             refusal = wire.Delta(message.request_id, [], finish_reason="error", error=str(error))
@@ -242,8 +248,8 @@ class ReplicaServer:
         for identity, deltas in by_peer.items():
             self._send(identity, wire.Step(deltas))
         self._note_quiet()
-        if report.change:
-            self._tell_blocks(report.change, at_s)
+        for change in report.changes:
+            self._tell_blocks(change, at_s)
 
     def _late(self, delta: wire.Delta) -> bytes | None:
         """Whom to give the handoff of a prefill that had finished when its abort came: its
@@ -256,8 +262,9 @@ class ReplicaServer:
         for identity, peer in list(self._peers.items()):
             if peer.following:
                 peer.sequence += 1
-                stored, removed = change.stored, change.removed
-                blocks = wire.Blocks(peer.sequence, stored, removed, at_s=at_s)
+                blocks = wire.Blocks(
+                    peer.sequence, change.stored, change.removed, at_s=at_s, tier=change.tier
+                )
                 self._send(identity, blocks)
 
     async def _beat(self) -> None:

@@ -9,11 +9,14 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from xxhash import xxh3_64_intdigest
 
+from kv.catalogue import Tier
 from kv.curve import LinkCurve, PrefillCurve
 from workers import messages as wire
-from workers.messages import Delta, Handoff, Load, Replica, Role
+from workers.messages import Delta, Handoff, Load, Replica, Role, TierLoad
+from workers.mirror import Change
 from workers.sim_link import SimLink
 from workers.sim_steps import Run, Steps, sim_token
 
@@ -25,16 +28,20 @@ _LOAD_EVERY_S = 1.0
 _SAMPLED = ((32, 0), (512, 0), (2048, 0), (512, 2048))
 PREFILL = PrefillCurve(0.02, 0.0005, 1e-8)
 LINK = LinkCurve(0.005, 1e-9)
+HOST = LinkCurve(0.005, 5e-10)
 
 
 @dataclass(frozen=True, slots=True)
 class SimCosts:
-    """How long things take on one simulated engine; `link` is what reading a handoff costs."""
+    """How long things take on one simulated engine; `link` is what reading a handoff costs, `host`
+    what fetching from its host tier of `host_blocks` costs."""
 
     prefill: PrefillCurve = PREFILL
     link: LinkCurve = LINK
     step_s: float = 0.02
     lease_s: float = 30.0
+    host: LinkCurve = HOST
+    host_blocks: int = 0
 
 
 def sim_body(max_tokens: int, salt: str = "") -> bytes:
@@ -115,7 +122,7 @@ class SimEngine:
         self.replica, self._costs, self._cluster = replica, costs, cluster
         self.tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
-        self._steps = Steps(replica, costs.lease_s, cluster.settle)
+        self._steps = Steps(replica, costs.lease_s, cluster.settle, costs.host_blocks)
         self._arrived: list[Run] = []
         self._peers: dict[SimLink, _Peer] = {}
         self._news, self._awake = asyncio.Event(), asyncio.Event()
@@ -137,7 +144,8 @@ class SimEngine:
         self.stop()
         self._crashed = True
         self._peers.clear()
-        self._steps = Steps(self.replica, self._costs.lease_s, self._cluster.settle)
+        costs = self._costs
+        self._steps = Steps(self.replica, costs.lease_s, self._cluster.settle, costs.host_blocks)
 
     def hang(self, readable: bool = True) -> None:
         """Stop as SIGSTOP does: mail piles up. Peers can still read the memory, unless the
@@ -169,8 +177,12 @@ class SimEngine:
         return self._steps.pages.snapshot()
 
     def load(self) -> Load:
-        """How busy it is."""
-        return self._steps.load()
+        """How busy it is, and what its host tier holds."""
+        load, costs = self._steps.load(), self._costs
+        if not costs.host_blocks:
+            return load
+        host = TierLoad(len(self._steps.host), 0, costs.host.latency_s, costs.host.per_byte_s)
+        return msgspec.structs.replace(load, tiers={Tier.HOST: host})
 
     def check_integrity(self) -> None:
         """Raise unless requests and leases hold exactly the pages that are held."""
@@ -198,6 +210,7 @@ class SimEngine:
                 self._cluster.settle(handoff)
             case wire.Reset():
                 self._steps.pages.clear()
+                self._steps.host.clear()
                 self._report([])
             case wire.Forget(order_id=order_id, tags=tags):
                 blocks, in_use = self._steps.erase(tags, self._loop.time())
@@ -218,6 +231,10 @@ class SimEngine:
         self._report([])  # pending changes are part of the snapshot, not news after it
         peer.following = True
         peer.link.tell(wire.Blocks(peer.sequence, stored=self.cached(), snapshot=True))
+        if self._costs.host_blocks:
+            peer.sequence += 1
+            stored = self._steps.host.snapshot()
+            peer.link.tell(wire.Blocks(peer.sequence, stored, tier=Tier.HOST))
 
     def _submit(self, submit: wire.Submit, peer: _Peer) -> None:
         refused, self._refusals = self._refusals > 0, max(0, self._refusals - 1)
@@ -266,7 +283,12 @@ class SimEngine:
     def _step_s(self, computes: Run | None) -> float:
         if computes is None:
             return self._costs.step_s
-        return self._costs.prefill.seconds(computes.pending_tokens, computes.hit_tokens)
+        held_tokens = computes.hit_tokens + computes.host_tokens
+        compute_s = self._costs.prefill.seconds(computes.pending_tokens, held_tokens)
+        if not computes.host_tokens:
+            return compute_s
+        n_bytes = computes.host_tokens * self.replica.kv_bytes_per_token
+        return compute_s + self._costs.host.seconds(n_bytes)
 
     def _arrive(self, run: Run) -> None:
         source = self._cluster.engines.get((run.handoff or {}).get("remote_engine_id", ""))
@@ -297,11 +319,16 @@ class SimEngine:
             if own:
                 peer.link.tell(wire.Step(own))
                 peer.requests.difference_update(d.request_id for d in own if d.finish_reason)
-        change = self._steps.pages.take()
+        for change in (self._steps.pages.take(), self._steps.host.take()):
+            if change.stored or change.removed:
+                self._tell_blocks(change)
+
+    def _tell_blocks(self, change: Change) -> None:
         for peer in self._peers.values():
-            if change and peer.following:
+            if peer.following:
                 peer.sequence += 1
-                peer.link.tell(wire.Blocks(peer.sequence, change.stored, change.removed))
+                blocks = wire.Blocks(peer.sequence, change.stored, change.removed, tier=change.tier)
+                peer.link.tell(blocks)
 
     def _tell_load(self, now_s: float) -> None:
         load, (last, sent_at) = self.load(), self._load_sent

@@ -23,6 +23,7 @@ from workers.messages import (
     Submit,
     Totals,
 )
+from workers.sim_host import SimHost
 from workers.sim_pages import Grant, Pages
 
 
@@ -40,6 +41,7 @@ class Run:
     grant: Grant = field(default_factory=Grant)
     hit_tokens: int = 0
     received_tokens: int = 0
+    host_tokens: int = 0
     produced: int = 0
     aborted: bool = False
     concealed: bool = False
@@ -57,7 +59,7 @@ class Run:
     def pending_tokens(self) -> int:
         """Prompt tokens that this engine has still to compute."""
         computes = not self.produced and self.handoff is None
-        return self.prompt_tokens - self.hit_tokens if computes else 0
+        return self.prompt_tokens - self.hit_tokens - self.host_tokens if computes else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,14 @@ class Steps:
     whichever engine has it, and gives the digest of its prompt or None."""
 
     def __init__(
-        self, replica: Replica, lease_s: float, settle: Callable[[Handoff], int | None]
+        self,
+        replica: Replica,
+        lease_s: float,
+        settle: Callable[[Handoff], int | None],
+        host_blocks: int = 0,
     ) -> None:
         self._replica, self._lease_s, self._settle = replica, lease_s, settle
-        self.pages = Pages(replica.kv_blocks)
+        self.pages, self.host = Pages(replica.kv_blocks), SimHost(host_blocks)
         self.runs: dict[str, Run] = {}
         self.streams: list[Run] = []
         self.leases: dict[str, _Lease] = {}
@@ -123,6 +129,7 @@ class Steps:
         self._forgotten.update(dict.fromkeys(tags, now_s + 2 * self._lease_s))
         for run in self.runs.values():
             run.concealed = run.concealed or run.tag in tags
+        self.host.erase(tags)
         return self.pages.erase(tags, self._grants())
 
     def admit(self) -> tuple[Run | None, list[Run]]:
@@ -147,7 +154,7 @@ class Steps:
         elif digest is None:
             self._totals["failed_transfers"] += 1
             self.pages.release(run.grant)
-            run.handoff, run.hit_tokens = None, 0
+            run.handoff, run.hit_tokens, run.host_tokens = None, 0, 0
             self._waiting.appendleft(run)
         else:
             self._totals["transfers"] += 1
@@ -202,6 +209,7 @@ class Steps:
     def _publish(self, run: Run) -> None:
         if not run.concealed:
             self.pages.publish(run.grant, run.keys, run.tag)
+            self.host.put(run.keys, run.tag)
 
     def _reserve(self, run: Run) -> bool:
         # The last token is always computed, as in vLLM, since it gives the logits.
@@ -211,7 +219,17 @@ class Steps:
         if grant is None:
             return False
         run.grant, run.hit_tokens = grant, depth * self._replica.block_tokens
+        run.host_tokens = self._fetched(run, depth, usable) * self._replica.block_tokens
         return True
+
+    def _fetched(self, run: Run, depth: int, usable: int) -> int:
+        """Blocks behind the device hit that come from the host tier, if the plan lets them."""
+        hints, reach = run.submit.hints, usable
+        if run.handoff is not None:
+            return 0
+        if hints is not None and hints.reach_tokens is not None:
+            reach = min(usable, hints.reach_tokens // self._replica.block_tokens)
+        return max(0, self.host.reach(run.keys[:reach], depth) - depth)
 
     def _pages_of(self, run: Run) -> int:
         return -(-(run.prompt_tokens + run.max_tokens) // self._replica.block_tokens)
@@ -241,11 +259,12 @@ class Steps:
 
     def _sources(self, run: Run) -> Sources:
         device, received = run.hit_tokens, run.received_tokens
-        computed = run.prompt_tokens - device - received
+        computed = run.prompt_tokens - device - received - run.host_tokens
         self._totals["prompt_tokens_computed"] += computed
         self._totals["prompt_tokens_device"] += device
         self._totals["prompt_tokens_received"] += received
-        return Sources(run.prompt_tokens, computed, device, received)
+        self._totals["prompt_tokens_host"] += run.host_tokens
+        return Sources(run.prompt_tokens, computed, device, received, run.host_tokens)
 
     def _end(self, run: Run) -> None:
         self.pages.release(run.grant)

@@ -1,7 +1,7 @@
 """Tiers behind an engine's paged KV: what may be set, and what vLLM is told of it.
 
 The connector takes KV from one source a request. A request with a handoff takes nothing from the
-tiers, and one without may take all that they have.
+tiers, and one without takes what its plan's hints let it.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,10 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from kv.catalogue import Tier
 from kv.fingerprint import engine_facts, fingerprint, folder_identity, snapshot_identity
+from kv.plan import Hints
+from kv.promoted import DEADLINE
 
 # Whose statistics are the tiers' (`kv.offload`).
 TIERED_CONNECTOR = "TieredConnector"
@@ -21,6 +24,14 @@ STAGING_BYTES = 268_435_456
 
 # Requests that neither read the tiers nor leave anything there (`workers.probe`).
 NO_TIERS: dict[str, Any] = {"max_load_tokens": 0, "max_offload_tokens": 0}
+
+
+# How vLLM tells the tiers behind the host tier apart.
+_MATCHERS = {
+    Tier.DISK: {"medium": "STORAGE", "locality": "LOCAL"},
+    Tier.PEER: {"medium": "CPU", "locality": "REMOTE"},
+    Tier.VAULT: {"medium": "STORAGE", "locality": "REMOTE"},
+}
 
 
 class HostTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -81,13 +92,30 @@ def model_identity(model: str, options: Mapping[str, object]) -> str:
     return fingerprint({"model": name, "options": engine_facts(options)})
 
 
-def with_hints(params: Mapping[str, Any] | None, tag: str) -> dict[str, Any]:
-    """A request's `kv_transfer_params` with what the tiers are to know: whose it is, and to keep
-    out of the way of a handoff."""
-    hints: dict[str, Any] = {**(params or {}), "tag": tag}
-    if hints.get("do_remote_prefill"):
-        hints["max_load_tokens"] = 0
-    return hints
+def with_hints(
+    params: Mapping[str, Any] | None, tag: str, hints: Hints | None = None
+) -> dict[str, Any]:
+    """A request's `kv_transfer_params` with what the tiers are to know: whose it is, what the plan
+    lets them give (everything, without `hints`), and to keep out of the way of a handoff."""
+    told: dict[str, Any] = {**(params or {}), "tag": tag}
+    if hints is not None:
+        told |= _told(hints)
+    if told.get("do_remote_prefill"):
+        told["max_load_tokens"] = 0
+    return told
+
+
+def _told(hints: Hints) -> dict[str, Any]:
+    """In vLLM's words, but for the deadline; `kv.offload` has vLLM count the tokens from the start
+    of the prompt."""
+    told: dict[str, Any] = {}
+    if hints.reach_tokens is not None:
+        told["max_load_tokens"] = hints.reach_tokens
+        # Of the tiers behind the host tier; that one is asked in any case.
+        told["kv_load_tiers"] = [_MATCHERS[tier] for tier in hints.tiers if tier in _MATCHERS]
+    if hints.deadline_s is not None:
+        told[DEADLINE] = hints.deadline_s
+    return told
 
 
 def _offloading(tiers: Tiers, identity: str) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from workers.channel import ChannelLink
 from workers.curve import client_keys, server_keys
 from workers.erasure import Erased
 from workers.messages import Delta, Forget, Forgotten, Load, Reply, Role, Step, Welcome
-from workers.mirror import Change
 from workers.server import ReplicaServer
 from workers.sim import SimCosts, sim_replica
 
@@ -102,7 +101,7 @@ async def measure(rounds_trips: int, steps: int) -> dict[str, float]:
         for name in names:
             server._owner[name] = next(iter(server._peers))
         deltas = [Delta(name, [12345]) for name in names]
-        report: Any = SimpleNamespace(deltas=deltas, change=Change(), load=Load())
+        report: Any = SimpleNamespace(deltas=deltas, changes=(), load=Load())
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             server.report(report)

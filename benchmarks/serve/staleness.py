@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kv.block import KEY_BYTES
+from kv.catalogue import Tier
 from router.catalogue.client import CatalogueLine
 from router.catalogue.node import CatalogueNode
 from router.catalogue.server import CatalogueServer
@@ -73,8 +74,8 @@ class Reporter:
     def stalled_s(self) -> float:
         return 0.0
 
-    def snapshot(self, receiver: Callable[[bytes], None]) -> None:
-        receiver(self.keys)
+    def snapshot(self, receiver: Callable[[dict[Tier, bytes]], None]) -> None:
+        receiver({Tier.DEVICE: self.keys})
 
     def report(self) -> Any:
         """As one engine step says it: some blocks are new, the oldest are gone."""
@@ -82,7 +83,7 @@ class Reporter:
         removed = self.keys[self._gone : self._gone + width]
         self._gone += width
         stored = self._random.randbytes(width)
-        return SimpleNamespace(deltas=[], change=Change(stored, removed), load=Load())
+        return SimpleNamespace(deltas=[], changes=(Change(stored, removed),), load=Load())
 
 
 @dataclass(slots=True)

@@ -64,25 +64,33 @@ class Holdings:
     def __init__(self) -> None:
         self._catalogue = Catalogue()
         self._expected: dict[str, Expectations] = {}
+        # The tiers behind its paged KV that each replica has told of.
+        self._tiers: dict[str, set[Tier]] = {}
 
     def follow(self, epoch: str, blocks: Blocks) -> None:
-        """A replica's snapshot, or its next change."""
-        holder = _holder(epoch)
+        """A replica's snapshot, or its next change; of one of its tiers each."""
+        if blocks.snapshot:
+            self.forget(epoch)
+        if blocks.tier is not Tier.DEVICE:
+            self._tiers.setdefault(epoch, set()).add(blocks.tier)
+        holder = _holder(epoch, blocks.tier)
         stored, removed = tuple(split_keys(blocks.stored)), tuple(split_keys(blocks.removed))
-        self._catalogue.apply(Delta(holder, stored, removed, cleared=blocks.snapshot))
+        self._catalogue.apply(Delta(holder, stored, removed))
 
     def forget(self, epoch: str) -> None:
-        """A replica is gone, with all its blocks."""
-        self._catalogue.forget(_holder(epoch))
+        """A replica is gone, with all its blocks in every tier: what outlives it on disk is its
+        successor's to tell of."""
+        for tier in (Tier.DEVICE, *self._tiers.pop(epoch, ())):
+            self._catalogue.forget(_holder(epoch, tier))
 
     def sweep(self, max_shards: int) -> int:
         """Give the memory of forgotten replicas back, a little at a time; how many shards are
         still to be swept."""
         return self._catalogue.sweep(max_shards)
 
-    def blocks(self, epoch: str) -> int:
-        """Blocks that a replica holds."""
-        return self._catalogue.blocks(_holder(epoch))
+    def blocks(self, epoch: str, tier: Tier = Tier.DEVICE) -> int:
+        """Blocks that a tier of a replica holds."""
+        return self._catalogue.blocks(_holder(epoch, tier))
 
     def expect(self, ingress: str, expect: Expect) -> None:
         """An ingress has sent a request."""
@@ -99,7 +107,11 @@ class Holdings:
 
     def look(self, ingress: str, keys: Sequence[bytes]) -> Found:
         """What is held, and what the other ingresses expect; an ingress knows its own better."""
-        depths = {h.replica: depth for h, depth in self._catalogue.depths(keys).items()}
+        held = self._catalogue.depths(keys)
+        if self._tiers:
+            depths = {h.replica: depth for h, depth in held.items() if h.tier is Tier.DEVICE}
+        else:
+            depths = {h.replica: depth for h, depth in held.items()}
         taken: dict[str, Taken] = {}
         for other, expected in self._expected.items():
             if other == ingress or not len(expected):
@@ -107,7 +119,16 @@ class Holdings:
             depths = deepest(depths, expected.depths(keys))
             for epoch, more in expected.all_taken().items():
                 taken[epoch] = taken.get(epoch, Taken()).plus(more)
-        return Found(depths, taken)
+        return Found(depths, taken, _further(held, depths) if self._tiers else {})
+
+
+def _further(held: Mapping[Holder, int], depths: Mapping[str, int]) -> dict[str, dict[Tier, int]]:
+    """What tiers hold beyond the paged KV of their replica."""
+    further: dict[str, dict[Tier, int]] = {}
+    for (epoch, tier), depth in held.items():
+        if depth > depths.get(epoch, 0):
+            further.setdefault(epoch, {})[tier] = depth
+    return further
 
 
 def deepest(depths: dict[str, int], more: dict[str, int]) -> dict[str, int]:
@@ -125,5 +146,5 @@ def _taken(expect: Expect, sign: int) -> Taken:
     return Taken(sign, sign * (tokens > 0), sign * tokens)
 
 
-def _holder(epoch: str) -> Holder:
-    return Holder(epoch, Tier.DEVICE)
+def _holder(epoch: str, tier: Tier = Tier.DEVICE) -> Holder:
+    return Holder(epoch, tier)

@@ -8,11 +8,12 @@ from typing import Protocol
 
 import msgspec
 
+from kv.catalogue import Tier
 from router.limits import Limits, Standing
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a catalogue of another version is not asked.
-CATALOGUE_VERSION = 1
+CATALOGUE_VERSION = 2
 
 
 class Seat(msgspec.Struct, frozen=True):
@@ -56,12 +57,14 @@ class Taken(msgspec.Struct, frozen=True):
 class Found(msgspec.Struct, frozen=True):
     """What is known of a prompt's blocks, by epoch.
 
-    `depths` counts the leading blocks that a replica has, or is about to have; `taken` is what
-    ingresses have sent it.
+    `depths` counts the leading blocks that a replica's paged KV has, or is about to have; `taken`
+    is what ingresses have sent it. `tiers` counts the leading blocks that each tier behind has,
+    where they are more.
     """
 
     depths: dict[str, int] = {}
     taken: dict[str, Taken] = {}
+    tiers: dict[str, dict[Tier, int]] = {}
 
 
 # ------------------------------------------------------------------ ingress to catalogue

@@ -6,13 +6,16 @@ what is computed twice is paid for twice.
 
 All plans are priced at once: `local` on each decode replica, then `remote` on each pair, in one
 vector whose order is by shape, decode replica and prefill replica. Of equals the first is taken.
+Whoever computes takes from its own tiers first what is cheaper to fetch (`router.policy.tiers`):
+then a plan is `fetch` or `fetch-remote`.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from kv.plan import Plan, Reason, Rival, Shape, Source, Span
+from kv.plan import UNHINTED, Hints, Plan, Reason, Rival, Shape, Source, Span
 from router.columns import (
     BASE_S,
     ENTRY_S,
@@ -21,13 +24,16 @@ from router.columns import (
     PER_TOKEN_S,
     QUEUE_S,
     RUNNING,
+    UNNAMED,
     WAITING_S,
     Columns,
     Floats,
 )
 from router.errors import NoReplicaError
+from router.policy import tiers
 from router.policy.question import Question
 from router.policy.session import preferred
+from router.snapshot import Snapshot
 
 # Plans that were not chosen and are kept for the audit.
 MAX_RIVALS = 3
@@ -38,13 +44,15 @@ TIE = 1e-9
 class _Prices(NamedTuple):
     """Every plan of one question: `local` on each decode replica, then `remote` on each pair.
 
-    `compute_s` and `lacked_bytes` are by replica.
+    `compute_s` and `lacked_bytes` are by replica: what computing costs behind its hit and what it
+    fetches, and what a handoff brings it. `taken` is None where nobody's tiers hold anything.
     """
 
     columns: Columns
     cost_s: Floats
     compute_s: Floats
     lacked_bytes: Floats
+    taken: tiers.Taken | None
 
     def pair(self, plan: int) -> tuple[int, int | None]:
         """The places of a plan's decode and prefill replicas."""
@@ -54,6 +62,15 @@ class _Prices(NamedTuple):
         d, p = divmod(plan - n_decode, len(names) - n_decode)
         return d, n_decode + p
 
+    def computes(self, plan: int) -> int:
+        """The place of whoever computes."""
+        d, p = self.pair(plan)
+        return d if p is None else p
+
+    def fetches(self, plan: int) -> bool:
+        """Whether that one takes something from its tiers first."""
+        return self.taken is not None and bool(self.taken.through[self.computes(plan)])
+
     def names(self, plan: int) -> tuple[str | None, str]:
         """Its prefill and its decode replica."""
         d, p = self.pair(plan)
@@ -62,14 +79,19 @@ class _Prices(NamedTuple):
 
     def described(self, plan: int) -> tuple[Shape, str | None, str, float]:
         """Its shape, its replicas, and its seconds to the first token."""
-        (d, p), (names, n_decode, loads, links, _) = self.pair(plan), self.columns
+        (d, p), (names, n_decode, loads, links, *_) = self.pair(plan), self.columns
+        at, fetches = self.computes(plan), self.fetches(plan)
+        ttft_s = loads[QUEUE_S, at] + self.compute_s[at]
+        if self.taken is not None:
+            ttft_s += self.taken.seconds[at]
         if p is None:
-            return Shape.LOCAL, None, names[d], float(loads[QUEUE_S, d] + self.compute_s[d])
-        at = d, p - n_decode
+            return Shape.FETCH if fetches else Shape.LOCAL, None, names[d], float(ttft_s)
+        link = d, p - n_decode
         # A link's curve ends at the first token, so D's own step is in it.
-        link_s = links.latency_s[at] + links.per_byte_s[at] * self.lacked_bytes[d]
-        ttft_s = loads[QUEUE_S, p] + self.compute_s[p] + link_s + loads[WAITING_S, d]
-        return Shape.REMOTE, names[p], names[d], float(ttft_s)
+        ttft_s += links.latency_s[link] + links.per_byte_s[link] * self.lacked_bytes[d]
+        ttft_s += loads[WAITING_S, d]
+        shape = Shape.FETCH_REMOTE if fetches else Shape.REMOTE
+        return shape, names[p], names[d], float(ttft_s)
 
 
 def choose(question: Question) -> Plan:
@@ -82,41 +104,60 @@ def choose(question: Question) -> Plan:
     if question.affinity is not None:
         best = _of_session(question.affinity, question.session_slack, prices, cheapest)
     shape, prefill, decode, ttft_s = prices.described(best)
+    spans = _spans(question.prompt_tokens, prices, best)
     return Plan(
         shape=shape,
         reason=_reason(question, prices, cheapest, best),
         prefill=prefill,
         decode=decode,
-        spans=_spans(question.prompt_tokens, prices, best),
+        spans=spans,
         predicted_ttft_s=ttft_s,
         cost_s=float(prices.cost_s[best]),
         rivals=_rivals(prices, best),
+        hints=_hints(question, prices, best, spans),
     )
 
 
 def _price(question: Question) -> _Prices:
     n, snapshot = question.prompt_tokens, question.snapshot
     columns = snapshot.columns or Columns.of(snapshot.decode, snapshot.prefill, snapshot.links)
-    names, n_decode, loads, links, hit_tokens = columns
-    lacked = n - _usable(n, hit_tokens)
-    compute_s = _compute_s(n, lacked, loads)
+    names, n_decode, loads, links, hit_tokens, _ = columns
+    hit_tokens = _usable(n, hit_tokens)
+    lacked = n - hit_tokens
     lacked_bytes = lacked * snapshot.kv_bytes_per_token
+    # What a second of computing costs each replica; a decode replica's streams stall meanwhile.
+    weight = np.full(len(names), 1.0 + question.compute_price)
+    weight[:n_decode] += np.maximum(loads[RUNNING, :n_decode], question.assumed_streams)
+    taken = None if question.local_only else _taken(n, columns, hit_tokens, weight, snapshot)
+    if taken is not None:
+        lacked = n - taken.hit_tokens
+    compute_s = _compute_s(n, lacked, loads)
+    spent_s = weight * compute_s
+    if taken is not None:
+        spent_s += taken.seconds
     n_prefill = 0 if question.local_only else len(names) - n_decode
     cost_s = np.empty(n_decode * (1 + n_prefill))
-    local_s = cost_s[:n_decode]
-    np.maximum(loads[RUNNING, :n_decode], question.assumed_streams, out=local_s)
-    local_s += 1.0 + question.compute_price
-    local_s *= compute_s[:n_decode]
-    local_s += loads[OWN_S, :n_decode]
+    np.add(spent_s[:n_decode], loads[OWN_S, :n_decode], out=cost_s[:n_decode])
     if n_prefill:
         remote_s = cost_s[n_decode:].reshape(n_decode, n_prefill)
         np.multiply(links.per_byte_s, lacked_bytes[:n_decode, None], out=remote_s)
         remote_s += links.latency_s
         remote_s += loads[ENTRY_S, :n_decode, None]
-        computed_s = compute_s[n_decode:] * (1.0 + question.compute_price)
-        computed_s += loads[QUEUE_S, n_decode:]
-        remote_s += computed_s
-    return _Prices(columns, cost_s, compute_s, lacked_bytes)
+        remote_s += spent_s[n_decode:] + loads[QUEUE_S, n_decode:]
+    return _Prices(columns, cost_s, compute_s, lacked_bytes, taken)
+
+
+def _taken(
+    prompt_tokens: int, columns: Columns, hit_tokens: Floats, weight: Floats, snapshot: Snapshot
+) -> tiers.Taken | None:
+    if columns.tiers is None:
+        return None
+
+    def computing(behind_tokens: Floats) -> Floats:
+        return weight * _compute_s(prompt_tokens, prompt_tokens - behind_tokens, columns.loads)
+
+    held = columns.tiers._replace(tokens=_usable(prompt_tokens, columns.tiers.tokens))
+    return tiers.take(held, hit_tokens, snapshot.kv_bytes_per_token, computing)
 
 
 def _usable(prompt_tokens: int, hit_tokens: Floats) -> Floats:
@@ -177,6 +218,8 @@ def _reason(question: Question, prices: _Prices, cheapest: int, best: int) -> Re
         return Reason.NO_CATALOGUE
     if best != cheapest:
         return Reason.SESSION
+    if prices.fetches(best):
+        return Reason.CHEAPER_FETCH
     if prices.columns.n_decode == 1 and np.isinf(prices.cost_s[1:]).all():
         return Reason.ONLY_REPLICA
     if not question.snapshot.prefill:
@@ -186,9 +229,33 @@ def _reason(question: Question, prices: _Prices, cheapest: int, best: int) -> Re
 
 
 def _spans(prompt_tokens: int, prices: _Prices, best: int) -> tuple[Span, ...]:
-    d, p = prices.pair(best)
-    at = d if p is None else p
-    name, hit_tokens = prices.columns.names[at], prices.columns.hit_tokens[at]
-    hit = int(min(hit_tokens, prompt_tokens - 1))
-    spans = [Span(Source.HIT, 0, hit, name)] if hit else []
-    return (*spans, Span(Source.COMPUTE, hit, prompt_tokens, name))
+    at, columns, taken = prices.computes(best), prices.columns, prices.taken
+    name = columns.names[at]
+    end = int(min(columns.hit_tokens[at], prompt_tokens - 1))
+    spans = [Span(Source.HIT, 0, end, name)] if end else []
+    if taken is not None and columns.tiers is not None:
+        for place in range(taken.through[at]):
+            start, held = end, int(min(columns.tiers.tokens[place, at], prompt_tokens - 1))
+            if held > start:
+                end = held
+                tier = columns.tiers.order[place]
+                spans.append(Span(Source.FETCH, start, end, name, tier))
+    return (*spans, Span(Source.COMPUTE, end, prompt_tokens, name))
+
+
+def _hints(question: Question, prices: _Prices, best: int, spans: tuple[Span, ...]) -> Hints:
+    """Nothing beyond the plan's hits and fetches: the rest was not worth it, or is not there. Where
+    nobody can say what tiers hold they are asked, for as long as computing would take."""
+    at, columns = prices.computes(best), prices.columns
+    fetches = [span for span in spans if span.source is Source.FETCH]
+    if not fetches:
+        priced = columns.tiers is not None and bool((columns.tiers.tokens[:, at] > 0.0).any())
+        told = not (question.snapshot.blind or columns.loads[UNNAMED, at])
+        if question.local_only or priced or told:
+            return Hints(spans[-1].start_token)
+        return replace(UNHINTED, deadline_s=float(prices.compute_s[at]))
+    start, end = fetches[0].start_token, fetches[-1].end_token
+    curve = columns.loads[: PER_TOKEN2_S + 1, at]
+    saved_s = curve[PER_TOKEN_S] * (end - start) + curve[PER_TOKEN2_S] * (end**2 - start**2)
+    # By then computing would have been done: who waits no longer than that pays twice at most.
+    return Hints(end, tuple(span.tier for span in fetches if span.tier), float(saved_s))

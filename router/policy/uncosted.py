@@ -2,14 +2,15 @@
 
 Nothing of `router.policy.pair` is used, since the kill switch must hold when that one is at fault.
 A prediction is made all the same, so that the audit goes on; where curves or queues give none that
-is finite it is 0, which the audit takes for none.
+is finite it is 0, which the audit takes for none. Tiers are not looked at: engines take what
+they have.
 """
 
 from collections.abc import Callable, Sequence
 from math import isfinite
 
 from kv.errors import KVError
-from kv.plan import Plan, Reason, Shape, Source, Span
+from kv.plan import UNHINTED, Plan, Reason, Shape, Source, Span
 from router.errors import NoReplicaError
 from router.policy.question import Question
 from router.snapshot import ReplicaView
@@ -39,6 +40,7 @@ def plan(question: Question, reason: Reason, pick_decode: Pick, pick_prefill: Pi
         predicted_ttft_s=predicted_s,
         cost_s=predicted_s,
         rivals=(),
+        hints=UNHINTED,
     )
 
 

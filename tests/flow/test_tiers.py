@@ -113,10 +113,11 @@ class TestOneEngine:
         assert answer["device"] == 9 * BLOCK_TOKENS
         assert answer["prompt_tokens_host"] == 24 * BLOCK_TOKENS
 
-    def test_the_catalogue_hears_of_the_device_alone(
+    def test_the_catalogue_hears_of_each_tier_apart(
         self, engine: tuple[TieredEngine, dict[int, Any]]
     ) -> None:
-        """Blocks in tiers are no device hits: dropped from the device, nothing is told."""
+        """Blocks in tiers are no device hits: dropped from the device, they are told of the tiers
+        alone."""
         one, _ = engine
         one.run(7, 3)
         assert one.ask("known") >= 3

@@ -15,7 +15,14 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group
 from vllm.v1.core.sched import scheduler as core_scheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.kv_offload.base import OffloadingWorker, ReqContext, TransferResult, make_offload_key
+from vllm.v1.kv_offload.base import (
+    Locality,
+    Medium,
+    OffloadingWorker,
+    ReqContext,
+    TransferResult,
+    make_offload_key,
+)
 from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
@@ -30,10 +37,14 @@ from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kv.catalogue import Tier
 from kv.offload import BatchedCopyWorker, TieredConnector, TieredSpec, Tiers
 from kv.offload_disk import TAG, DiskTier
-from workers.engine import _TIER_METRICS
+from kv.plan import Hints
+from kv.promoted import DEADLINE
+from workers.counters import LOADED, PROMOTED, SOURCES, TIER_METRICS
 from workers.errors import EngineOptionError
 from workers.options import namespace
 from workers.tiers import NO_TIERS, TIERED_CONNECTOR, with_hints
@@ -50,7 +61,14 @@ def test_what_we_override_is_still_called_so() -> None:
     of_the_manager = "lookup _initiate_promotion prepare_store complete_store"
     of_the_manager += " on_request_finished on_schedule_end has_pending_work reset_cache"
     overridden = {
-        OffloadingConnector: (TieredConnector, ["update_state_after_alloc"]),
+        OffloadingConnector: (
+            TieredConnector,
+            [
+                "update_state_after_alloc",
+                "get_external_cache_hit_sources",
+                "get_num_new_matched_tokens",
+            ],
+        ),
         TieringOffloadingSpec: (TieredSpec, ["get_manager", "get_worker"]),
         TieringOffloadingManager: (Tiers, of_the_manager.split()),
         SecondaryTierManager: (DiskTier, ["lookup", "submit_store", "submit_load"]),
@@ -102,6 +120,20 @@ def test_hints_are_read_where_we_put_them() -> None:
     """Upper bounds of what is loaded and stored, and the request's parameters for tiers."""
     source = inspect.getsource(scheduler.RequestOffloadState)
     assert all(f'"{name}"' in source for name in NO_TIERS)
+    hinted = with_hints(None, "", Hints(5, tuple(Tier), 1.0))
+    matchers = hinted.pop(scheduler.KV_LOAD_TIERS_KEY)
+    parsed = scheduler._parse_tier_filter(matchers)
+    assert [parsed.allows(m, where) for m in Medium for where in Locality] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert not scheduler._parse_tier_filter([]).allows(Medium.STORAGE, Locality.LOCAL)
+    assert hinted == {"tag": "", "max_load_tokens": 5, DEADLINE: 1.0}
+    assert "max_load_tokens" in scheduler.RequestOffloadState.__slots__
+    init = inspect.getsource(scheduler.OffloadingConnectorScheduler.__init__)
+    assert "self._req_status" in init
     assert {"kv_transfer_params", "_offload_key_positions"} <= _fields(ReqContext)
     assert TAG in with_hints(None, "aa")
     assert "self.kv_transfer_params" in inspect.getsource(core_scheduler.Request.__init__)
@@ -133,7 +165,8 @@ def test_connectors_are_found_and_counted_by_name() -> None:
     assert "__class__.__name__" in source
     known = set(vars(metrics._TransferMetricName).values())
     known |= set(vars(TieringOffloadingMetrics).values())
-    assert set(_TIER_METRICS) <= known
+    assert {*TIER_METRICS, *LOADED, *PROMOTED} <= known
+    assert set(SOURCES) <= set(CacheHitSource)
     assert metrics._StatsKey.DATA == "data"
 
 

@@ -69,9 +69,17 @@ class TieredEngine:
         self.process.stdin.flush()
         return self._answer()
 
-    def run(self, seed: int, blocks: int, n: int = 8, salt: str | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        seed: int,
+        blocks: int,
+        n: int = 8,
+        salt: str | None = None,
+        hints: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Tokens and logprobs of a prompt, and how many of its tokens came from where."""
-        answer: dict[str, Any] = self.ask("run", seed=seed, blocks=blocks, n=n, salt=salt)
+        asked = {"seed": seed, "blocks": blocks, "n": n, "salt": salt, "hints": hints}
+        answer: dict[str, Any] = self.ask("run", **asked)
         return answer
 
     def kill(self) -> None:
@@ -131,13 +139,20 @@ class Bench:
         """Change the engine's `kv_transfer_config`; here it is a replica's."""
 
     def run(
-        self, seed: int, blocks: int, n: int, salt: str | None = None, first_blocks: int = 0
+        self,
+        seed: int,
+        blocks: int,
+        n: int,
+        salt: str | None = None,
+        first_blocks: int = 0,
+        hints: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """One request alone; of `first_blocks` and their tail only, if set."""
+        """One request alone; of `first_blocks` and their tail only, if set. `hints` are the fields
+        of `kv.plan.Hints`."""
         ids = prompt(seed, blocks)
         if first_blocks:
             ids = ids[: first_blocks * BLOCK_TOKENS + TAIL_TOKENS]
-        return self._counted(ids, n, salt)
+        return self._counted(ids, n, salt, hints=hints)
 
     def handoff(self, seed: int, blocks: int) -> dict[str, Any]:
         """Compute a prompt and keep it for another engine; its answer has a `handoff`."""
@@ -156,9 +171,10 @@ class Bench:
         salt: str | None,
         params: dict[str, Any] | None = None,
         settle: bool = True,
+        hints: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         before = self.totals()
-        [answer] = self._answers([ids], n, salt, params)
+        [answer] = self._answers([ids], n, salt, params, hints)
         if settle:
             self.settle()
         after = self.totals()
@@ -176,13 +192,17 @@ class Bench:
         n: int,
         salt: str | None,
         transfer: dict[str, Any] | None = None,
+        hints: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
+        import msgspec
         from vllm.sampling_params import SamplingParams
         from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
         from vllm.v1.serial_utils import MsgpackDecoder
 
+        from kv.plan import Hints
         from kv.salt import tag_of
 
+        told = None if hints is None else msgspec.convert(hints, Hints)
         decoder = MsgpackDecoder(EngineCoreOutput)
         answers: dict[str, dict[str, Any]] = {}
         began = time.perf_counter()
@@ -194,7 +214,7 @@ class Bench:
                 params.extra_args = {"kv_transfer_params": dict(transfer)}
             request = EngineCoreRequest(name, ids, None, params, None, 0.0, None, salt, None)
             request.session_id = tag_of(salt)
-            self.engine.add(request)
+            self.engine.add(request, hints=told)
         running = set(answers)
         while running:
             for delta in self._said.get(timeout=180).deltas:
@@ -207,6 +227,7 @@ class Bench:
                 if delta.sources:
                     answer["computed"] = delta.sources.computed_tokens
                     answer["device"] = delta.sources.device_tokens
+                    answer["sources"] = delta.sources.by_source()
                 answer["tokens"] += delta.token_ids
                 if delta.handoff is not None:
                     answer["handoff"] = delta.handoff
@@ -258,6 +279,47 @@ class Bench:
     def known(self) -> int:
         """Blocks that the catalogue would be told of as the device's."""
         return int(self._between_steps(lambda: len(self.engine._mirror)))
+
+    def told(self) -> dict[str, list[int]]:
+        """By tier: blocks that it holds, those that the catalogue would be told of, and the unnamed
+        ones."""
+        from kv.block import KEY_BYTES
+        from kv.catalogue import Tier
+
+        mirror = self.engine._mirror
+
+        def look() -> dict[str, list[int]]:
+            return {
+                tier: [
+                    mirror.blocks(tier),
+                    len(mirror.snapshot(tier)) // KEY_BYTES,
+                    mirror.unnamed(tier),
+                ]
+                for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK)
+            }
+
+        return dict(self._between_steps(look))
+
+    def costs(self) -> dict[str, list[float]]:
+        """By tier: the constant and the seconds a byte that the router would be told, and how many
+        bytes that is from."""
+        tiers = self._between_steps(self.engine._load).tiers
+        seen = self.engine._totals._costs
+        return {
+            tier: [told.latency_s, told.per_byte_s, seen[tier]._seen_bytes]
+            for tier, told in tiers.items()
+        }
+
+    def slow_disk(self, seconds: float) -> None:
+        """From now on a block's file takes so much longer to read."""
+        [disk] = self.engine._tiers.secondary_tiers
+        get = type(disk.store).get
+
+        def slowly(*args: Any) -> None:
+            time.sleep(seconds)
+            get(disk.store, *args)
+
+        disk.store.get = slowly
 
     def preemptions(self) -> int:
         """How often a request had to give its blocks up."""

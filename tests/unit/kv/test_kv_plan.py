@@ -1,11 +1,13 @@
 import pickle
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv.catalogue import Tier
 from kv.errors import PlanError
 from kv.plan import Plan, Reason, Rival, Shape, Source, Span
 
@@ -33,7 +35,13 @@ def plan_of(spans: tuple[Span, ...], predicted_ttft_s: float = 0.8124) -> Plan:
 def spans_of(cuts: list[int]) -> tuple[Span, ...]:
     sources = list(Source)
     return tuple(
-        Span(sources[index % 3], start, end, f"replica-{index}")
+        Span(
+            source := sources[index % 3],
+            start,
+            end,
+            f"replica-{index}",
+            Tier.HOST if source is Source.FETCH else None,
+        )
         for index, (start, end) in enumerate(pairwise(cuts))
     )
 
@@ -57,8 +65,8 @@ def test_a_plan_without_a_hit_says_so() -> None:
 def test_a_fetched_tail_is_shown_before_the_computed_head() -> None:
     """Spans are shown by source: hit, fetch, compute."""
     head = Span(Source.COMPUTE, 0, 64, "prefill-0")
-    tail = Span(Source.FETCH, 64, 96, "decode-0")
-    assert "; hit=0 fetch=32@decode-0 compute=64@prefill-0; " in plan_of((head, tail)).header()
+    tail = Span(Source.FETCH, 64, 96, "decode-0", Tier.DISK)
+    assert "; hit=0 fetch=32@decode-0/disk compute=64@prefill-0; " in plan_of((head, tail)).header()
 
 
 @given(CUTS, st.floats(0, 1e6))
@@ -82,7 +90,7 @@ def test_spans_tile_the_prompt(cuts: list[int], data: st.DataObject) -> None:
     span = spans[index]
     starts = st.integers(0, span.end_token - 1).filter(lambda start: start != span.start_token)
     if span.end_token > 1:
-        spans[index] = Span(span.source, data.draw(starts), span.end_token, span.replica)
+        spans[index] = replace(span, start_token=data.draw(starts))
         with pytest.raises(PlanError, match="a span starts at token"):
             plan_of(tuple(spans))
 
@@ -121,6 +129,15 @@ def test_a_usual_replica_name_is_kept(name: str) -> None:
     assert Span(Source.HIT, 0, 5, name).replica == name
 
 
+@pytest.mark.parametrize(
+    ("source", "tier"), [(Source.FETCH, None), (Source.HIT, Tier.HOST), (Source.COMPUTE, Tier.DISK)]
+)
+def test_a_fetch_has_a_tier_and_nothing_else_has(source: Source, tier: Tier | None) -> None:
+    """The engine must be told where from; hits are of the device."""
+    with pytest.raises(PlanError, match="its tier is"):
+        Span(source, 0, 5, "decode-0", tier)
+
+
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
 def test_a_prediction_is_a_time(bad: float) -> None:
     """A prediction that is negative or not finite is refused, with the number."""
@@ -142,6 +159,7 @@ def test_words_on_the_wire_are_stable() -> None:
         "only_replica",
         "cheaper_local",
         "cheaper_remote",
+        "cheaper_fetch",
         "no_prefill_replica",
         "no_catalogue",
         "session",

@@ -101,6 +101,19 @@ def test_cached_tokens_are_those_that_no_engine_computed() -> None:
     assert record.cached_tokens() == 0
 
 
+def test_a_record_tells_where_each_replica_s_tokens_came_from() -> None:
+    """P's tiers and D's handoff; what was not computed is cached, wherever it came from."""
+    record = Audit(Clock(), NotingObserver()).open(request(), PLAN, 100.0)
+    assert record.sources() == {}
+    record.prefill_sources = Sources(4, 1, 0, 0, host_tokens=2, disk_tokens=1)
+    record.decode_sources = Sources(4, 0, 1, 3)
+    assert record.sources() == {
+        "prefill": {"computed": 1, "host": 2, "disk": 1},
+        "decode": {"device": 1, "received": 3},
+    }
+    assert record.cached_tokens() == 3
+
+
 def test_only_the_last_records_are_kept() -> None:
     """The audit's memory is bounded."""
     audit = Audit(Clock(), NotingObserver(), kept=3)

@@ -1,6 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv.catalogue import Tier
 from router.catalogue.holdings import Expectations, Holdings
 from router.catalogue.wire import Expect, Found, Taken
 from workers.messages import Blocks
@@ -30,6 +31,67 @@ def test_a_snapshot_replaces() -> None:
     holdings.follow("a", Blocks(0, stored=joined(0, 1), snapshot=True))
     holdings.follow("a", Blocks(0, stored=joined(0), snapshot=True))
     assert holdings.look("me", KEYS).depths == {"a": 1}
+
+
+def test_tiers_count_where_they_hold_more_than_the_device() -> None:
+    """What left the device is found in the tiers of the same engine, until it leaves those too."""
+    holdings = Holdings()
+    holdings.follow("a", Blocks(0, stored=joined(0, 1, 2), snapshot=True))
+    holdings.follow("a", Blocks(1, stored=joined(0, 1, 2), tier=Tier.HOST))
+    holdings.follow("a", Blocks(2, stored=joined(0, 1), tier=Tier.DISK))
+    assert holdings.look("me", KEYS) == Found({"a": 3})
+    holdings.follow("a", Blocks(3, removed=joined(1, 2)))
+    assert holdings.look("me", KEYS) == Found({"a": 1}, {}, {"a": {Tier.HOST: 3, Tier.DISK: 2}})
+    holdings.follow("a", Blocks(4, removed=joined(0)))
+    holdings.follow("a", Blocks(5, removed=joined(0, 1, 2), tier=Tier.HOST))
+    assert holdings.look("me", KEYS) == Found({}, {}, {"a": {Tier.DISK: 2}})
+
+
+def test_a_restarted_engine_has_no_tier_of_its_predecessor() -> None:
+    """Whatever it held in host memory is gone with it, at once; what it left on disk is told by
+    the engine that finds it."""
+    holdings = Holdings()
+    for number, tier in enumerate((Tier.DEVICE, Tier.HOST, Tier.DISK)):
+        holdings.follow("a/1", Blocks(number, joined(0, 1), snapshot=not number, tier=tier))
+    holdings.forget("a/1")
+    holdings.follow("a/2", Blocks(0, snapshot=True))
+    assert holdings.look("me", KEYS) == Found()
+    assert [holdings.blocks("a/1", tier) for tier in Tier] == [0] * len(Tier)
+    while holdings.sweep(4096):
+        pass
+    assert not any(holdings._catalogue._shards)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("ab"),
+            st.sampled_from([Tier.DEVICE, Tier.HOST, Tier.DISK]),
+            st.sets(st.integers(0, 7)),
+            st.sets(st.integers(0, 7)),
+            st.sampled_from(["change"] * 6 + ["snapshot", "forget"]),
+        ),
+        max_size=20,
+    )
+)
+def test_holdings_are_sets_by_engine_and_tier(
+    steps: list[tuple[str, Tier, set[int], set[int], str]],
+) -> None:
+    """Whatever is told, each tier of each engine has the blocks that a set of its own would."""
+    holdings, model = Holdings(), dict[tuple[str, Tier], set[int]]()
+    for epoch, tier, stored, removed, what in steps:
+        if what != "change":
+            model = {holder: held for holder, held in model.items() if holder[0] != epoch}
+        if what == "forget":
+            holdings.forget(epoch)
+            continue
+        removed = set() if what == "snapshot" else removed - stored
+        blocks = Blocks(0, joined(*stored), joined(*removed), what == "snapshot", tier=tier)
+        holdings.follow(epoch, blocks)
+        model[epoch, tier] = model.get((epoch, tier), set()) - removed | stored
+    for epoch in "ab":
+        for tier in Tier:
+            assert holdings.blocks(epoch, tier) == len(model.get((epoch, tier), ()))
 
 
 def test_what_others_expect_counts_and_ones_own_does_not() -> None:

@@ -1,20 +1,36 @@
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from kv.catalogue import Tier
 from kv.curve import LinkCurve
 from router.catalogue.wire import Found, Taken
+from router.columns import Columns
 from router.member import Member
 from router.pools import NOTHING, Pools, view_of
-from router.snapshot import Snapshot
-from workers.messages import Load, Request, Role, Welcome
+from router.snapshot import ReplicaView, Snapshot
+from workers.messages import Load, Request, Role, TierLoad, Welcome
 from workers.sim import SimCosts, sim_replica
 
 some_name = st.sampled_from(["a", "b", "c", "d"])
 some_role = st.sampled_from(Role)
+
+
+some_behind = st.sampled_from([Tier.HOST, Tier.DISK])
+
+
+def with_hits(
+    row: ReplicaView, hit_tokens: int, behind: Mapping[Tier, int], block_tokens: int
+) -> ReplicaView:
+    tiers = tuple(
+        replace(view, hit_tokens=behind.get(view.tier, 0) * block_tokens) for view in row.tiers
+    )
+    return replace(row, hit_tokens=hit_tokens, tiers=tiers)
 
 
 class Nowhere:
@@ -61,10 +77,19 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         if member := self.members.get(name):
             member.lose("silent")
 
-    @rule(name=some_name, waiting=st.integers(0, 3), draining=st.booleans())
-    def report(self, name: str, waiting: int, draining: bool) -> None:
+    @rule(
+        name=some_name,
+        waiting=st.integers(0, 3),
+        draining=st.booleans(),
+        tiers=st.sets(st.sampled_from([Tier.DISK, Tier.HOST])),
+        unnamed=st.integers(0, 1),
+    )
+    def report(
+        self, name: str, waiting: int, draining: bool, tiers: set[Tier], unnamed: int
+    ) -> None:
         if member := self.members.get(name):
-            member.receive(Load(waiting=waiting, draining=draining))
+            told = {tier: TierLoad(9, unnamed, 0.01, 1e-9) for tier in tiers}
+            member.receive(Load(waiting=waiting, draining=draining, tiers=told))
 
     @rule(name=some_name, requests=st.integers(0, 3), tokens=st.integers(0, 9000))
     def send(self, name: str, requests: int, tokens: int) -> None:
@@ -83,27 +108,53 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
     @rule(
         depths=st.dictionaries(some_name, st.integers(1, 5)),
         others=st.dictionaries(some_name, st.integers(1, 3)),
+        behind=st.dictionaries(
+            some_name, st.dictionaries(some_behind, st.integers(1, 9), min_size=1)
+        ),
     )
-    def snapshot(self, depths: dict[str, int], others: dict[str, int]) -> None:
+    def snapshot(
+        self,
+        depths: dict[str, int],
+        others: dict[str, int],
+        behind: dict[str, dict[Tier, int]],
+    ) -> None:
         epochs = {name: member.replica.epoch for name, member in self.members.items()}
         held = {epochs[name]: depth for name, depth in depths.items() if name in epochs}
         taken = {epochs[name]: Taken(n, n, 100 * n) for name, n in others.items() if name in epochs}
-        snapshot = self.pools.snapshot(Found(held, taken), self.links)
+        further = {epochs[name]: found for name, found in behind.items() if name in epochs}
+        snapshot = self.pools.snapshot(Found(held, taken, further), self.links)
         for role, pool in ((Role.PREFILL, snapshot.prefill), (Role.DECODE, snapshot.decode)):
             routable = [
-                replace(
+                with_hits(
                     view_of(
                         m,
                         self.sent.get(m.replica.epoch, NOTHING),
                         taken.get(m.replica.epoch, NOTHING),
                     ),
-                    hit_tokens=held.get(m.replica.epoch, 0) * m.replica.block_tokens,
+                    held.get(m.replica.epoch, 0) * m.replica.block_tokens,
+                    further.get(m.replica.epoch, {}),
+                    m.replica.block_tokens,
                 )
                 for m in self.routable(role)
             ]
             assert list(pool) == routable
+            assert list(pool[:1]) == routable[:1]
+        self.columns_are_those_of_the_rows(snapshot)
         self.prices_are_those_of_the_links(snapshot)
         self.shown.append((snapshot, [*snapshot.prefill, *snapshot.decode]))
+
+    def columns_are_those_of_the_rows(self, snapshot: Snapshot) -> None:
+        """Kept from request to request or made anew, they are the same numbers."""
+        anew = Columns.of(snapshot.decode, snapshot.prefill, snapshot.links)
+        kept = snapshot.columns
+        assert kept is not None
+        assert (kept.names, kept.n_decode) == (anew.names, anew.n_decode)
+        assert np.array_equal(kept.loads, anew.loads)
+        assert np.array_equal(kept.hit_tokens, anew.hit_tokens)
+        assert (kept.tiers is None) is (anew.tiers is None)
+        if kept.tiers is not None and anew.tiers is not None:
+            assert kept.tiers.order == anew.tiers.order
+            assert all(map(np.array_equal, kept.tiers[1:], anew.tiers[1:]))
 
     def routable(self, role: Role) -> list[Member]:
         """Who finishes up gets work only where nobody else could give tokens."""

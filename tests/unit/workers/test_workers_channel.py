@@ -16,6 +16,8 @@ import zmq
 import zmq.asyncio
 
 import workers
+from kv.catalogue import Tier
+from kv.plan import Hints
 from workers import channel, server
 from workers.channel import ChannelLink
 from workers.curve import client_keys, server_keys, unlock
@@ -50,6 +52,8 @@ class NotingEngine:
     """Takes orders as `workers.engine.Engine` does, and only notes them."""
 
     held: bytes = b"k" * 16
+    on_disk: bytes = b""
+    hints: list[Hints | None] = field(default_factory=list)
     added: list[Any] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     forgot: int = 0
@@ -57,10 +61,11 @@ class NotingEngine:
     failure: BaseException | None = None
     stalled: float = 0.0
 
-    def add(self, request: Any, answered: list[int]) -> None:
+    def add(self, request: Any, answered: list[int], hints: Hints | None) -> None:
         if request == b"bad":
             raise ValueError("no such option")
         self.added.append(request)
+        self.hints.append(hints)
 
     def abort(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
@@ -75,8 +80,8 @@ class NotingEngine:
         self.erased.append(tags)
         receiver(Erased(blocks=7, in_use=2))
 
-    def snapshot(self, receiver: Callable[[bytes], None]) -> None:
-        receiver(self.held)
+    def snapshot(self, receiver: Callable[[dict[Tier, bytes]], None]) -> None:
+        receiver({Tier.DEVICE: self.held, Tier.DISK: self.on_disk})
 
 
 @dataclass(slots=True)
@@ -136,7 +141,8 @@ async def stop(serving: "asyncio.Task[None]") -> None:
 
 def report(deltas: list[Delta], stored: bytes = b"", removed: bytes = b"", **load: int) -> Any:
     """What the engine's thread hands over after a step."""
-    return SimpleNamespace(deltas=deltas, change=Change(stored, removed), load=Load(**load))
+    changes = (Change(stored, removed),) if stored or removed else ()
+    return SimpleNamespace(deltas=deltas, changes=changes, load=Load(**load))
 
 
 async def test_a_first_hello_is_welcomed_once(pair: Pair) -> None:
@@ -172,6 +178,35 @@ async def test_blocks_are_numbered_and_told_again_on_resync(pair: Pair) -> None:
     await until(lambda: len(pair.inbox.of(Blocks)) == 4)
     assert [blocks.sequence for blocks in pair.inbox.of(Blocks)] == [0, 1, 2, 2]
     assert pair.inbox.of(Blocks)[-1] == Blocks(2, stored=b"all of it", snapshot=True)
+
+
+async def test_every_tier_is_in_a_snapshot_and_in_the_changes_behind_it(pair: Pair) -> None:
+    """One sequence counts the messages of all tiers; only the first of a snapshot says that it is
+    one, also where the paged KV holds nothing."""
+    pair.server.report(
+        SimpleNamespace(
+            deltas=[],
+            changes=(Change(b"a" * 16), Change(b"b" * 16, b"c" * 16, Tier.DISK)),
+            load=Load(),
+        )
+    )
+    pair.engine.held, pair.engine.on_disk = b"", b"d" * 16
+    await until(lambda: len(pair.inbox.of(Blocks)) == 3)
+    pair.link.send(Resync())
+    await until(lambda: len(pair.inbox.of(Blocks)) == 4)
+    *_, device, disk, again = (msgspec.structs.replace(b, at_s=0) for b in pair.inbox.of(Blocks))
+    assert device == Blocks(1, b"a" * 16)
+    assert disk == Blocks(2, b"b" * 16, b"c" * 16, tier=Tier.DISK)
+    assert again == Blocks(2, b"d" * 16, snapshot=True, tier=Tier.DISK)
+
+
+async def test_a_request_s_hints_reach_the_engine(pair: Pair) -> None:
+    """As they were sent; none is none."""
+    hints = Hints(64, (Tier.HOST,), 0.5)
+    pair.link.send(SUBMIT)
+    pair.link.send(msgspec.structs.replace(SUBMIT, request_id="r2", hints=hints))
+    await until(lambda: len(pair.engine.added) == 2)
+    assert pair.engine.hints == [None, hints]
 
 
 async def test_load_is_told_when_it_changes(pair: Pair) -> None:

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv.catalogue import Tier
+from kv.plan import Hints
 from workers import errors, messages
 from workers.messages import (
     Abort,
@@ -25,6 +27,7 @@ from workers.messages import (
     Sources,
     Step,
     Submit,
+    TierLoad,
     Totals,
     Welcome,
     decode_reply,
@@ -37,7 +40,11 @@ counts = st.integers(0, 2**40)
 seconds = st.floats(0, 1e6)
 handoffs = st.dictionaries(text, st.none() | text | counts | st.lists(counts, max_size=3))
 roles = st.sampled_from(Role)
-sources = st.builds(Sources, counts, counts, counts, counts)
+sources = st.builds(Sources, *[counts] * len(Sources.__struct_fields__))
+tiers = st.sampled_from(Tier)
+hints = st.builds(
+    Hints, st.none() | counts, st.lists(tiers, max_size=3).map(tuple), st.none() | seconds
+)
 deltas = st.builds(
     Delta,
     request_id=text,
@@ -62,7 +69,9 @@ replicas = st.builds(
 )
 REQUESTS = {
     Hello: st.builds(Hello, text),
-    Submit: st.builds(Submit, text, roles, binary, binary, st.none() | handoffs),
+    Submit: st.builds(
+        Submit, text, roles, binary, binary, st.none() | handoffs, binary, st.none() | hints
+    ),
     Abort: st.builds(Abort, st.lists(text, max_size=3)),
     Release: st.builds(Release, text, handoffs),
     Resync: st.builds(Resync),
@@ -83,8 +92,9 @@ REPLIES = {
         totals,
         st.lists(text).map(tuple),
         st.booleans(),
+        st.dictionaries(tiers, st.builds(TierLoad, counts, counts, seconds, seconds)),
     ),
-    Blocks: st.builds(Blocks, counts, binary, binary, st.booleans()),
+    Blocks: st.builds(Blocks, counts, binary, binary, st.booleans(), seconds, tiers),
     Forgotten: st.builds(Forgotten, text, counts, counts),
 }
 
@@ -150,3 +160,11 @@ def test_an_error_survives_pickling(kind: type[errors.WorkerError]) -> None:
 def test_the_version_is_that_of_this_shape() -> None:
     """A replica announces the version it speaks without being told."""
     assert Replica.__struct_defaults__[-1] == messages.WIRE_VERSION
+
+
+def test_where_tokens_came_from_adds_up_to_the_prompt() -> None:
+    """By source, without those that gave none."""
+    sources = Sources(100, 20, 30, 0, host_tokens=40, disk_tokens=10)
+    assert sources.by_source() == {"computed": 20, "device": 30, "host": 40, "disk": 10}
+    assert sum(sources.by_source().values()) == sources.prompt_tokens
+    assert Sources(0, 0, 0, 0).by_source() == {}

@@ -3,7 +3,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from workers.connector import transfer_config
+from kv.catalogue import Tier
+from kv.plan import UNHINTED, Hints
+from workers.connector import KEEP_FOR_DECODE, transfer_config
 from workers.messages import Role
 from workers.tiers import (
     STAGING_BYTES,
@@ -65,6 +67,25 @@ def test_a_request_with_a_handoff_leaves_the_tiers_alone() -> None:
     assert with_hints({"do_remote_decode": True}, "")["do_remote_decode"]
     assert with_hints(None, "aa") == {"tag": "aa"}
     assert "tag" not in handoff
+
+
+def test_a_plan_s_hints_are_in_vllms_words() -> None:
+    """How much may be loaded, from which tiers behind the host tier, and until when."""
+    assert with_hints(None, "aa", Hints()) == {
+        "tag": "aa",
+        "max_load_tokens": 0,
+        "kv_load_tiers": [],
+    }
+    fetch = Hints(96, (Tier.HOST, Tier.DISK), 0.5)
+    assert with_hints(KEEP_FOR_DECODE, "", fetch) == {
+        **KEEP_FOR_DECODE,
+        "tag": "",
+        "max_load_tokens": 96,
+        "kv_load_tiers": [{"medium": "STORAGE", "locality": "LOCAL"}],
+        "load_deadline_s": 0.5,
+    }
+    assert with_hints(None, "", UNHINTED) == {"tag": ""}
+    assert with_hints({"do_remote_prefill": True}, "", fetch)["max_load_tokens"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""What a request had fetched into the host tier from those behind it, and how long it waits."""
+
+from dataclasses import dataclass, field
+
+# In a request's kv_transfer_params: seconds after which what tiers still have to bring is computed.
+DEADLINE = "load_deadline_s"
+
+
+@dataclass(slots=True)
+class Promoted:
+    """The state of one request; `keys` were fetched for it once and are not fetched again."""
+
+    keys: set[bytes] = field(default_factory=set)
+    waits_since_s: float | None = None
+
+    def overran(self, deadline_s: float | None, now_s: float) -> bool:
+        """Whether it has waited longer than its plan lets it. To be asked whenever it has to wait:
+        the first time starts its clock."""
+        if deadline_s is None:
+            return False
+        if self.waits_since_s is None:
+            self.waits_since_s = now_s
+        return now_s - self.waits_since_s > deadline_s

@@ -1,0 +1,114 @@
+"""What an engine has done since it started, and what fetching from its tiers costs it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.metrics.stats import SchedulerStats
+
+from kv.catalogue import Tier
+from kv.curve import LinkCurve
+from kv.fetch import GUESSES, FetchCost
+from workers.messages import Delta, Sources, Totals
+from workers.tiers import TIERED_CONNECTOR
+
+# vLLM's words for where KV came from and what was moved, and ours.
+SOURCES = {
+    CacheHitSource.HOST: "host_tokens",
+    CacheHitSource.DISK: "disk_tokens",
+    CacheHitSource.P2P: "peer_tokens",
+}
+TIER_METRICS = {
+    "vllm:kv_offload_store_bytes": "host_stored_bytes",
+    "vllm:kv_offload_load_bytes": "host_loaded_bytes",
+    "vllm:kv_offload_tiering_write_bytes": "disk_stored_bytes",
+    "vllm:kv_offload_tiering_read_bytes": "disk_loaded_bytes",
+    "vllm:kv_offload_tiering_promotion_job_failures": "failed_loads",
+}
+# Bytes and seconds of what came from a tier: of all that went to the device, and of what each
+# tier behind the host tier gave to it.
+LOADED = ("vllm:kv_offload_load_bytes", "vllm:kv_offload_load_time")
+PROMOTED = ("vllm:kv_offload_tiering_read_bytes", "vllm:kv_offload_tiering_read_time")
+# The tiers behind the host tier by the end of their label, which is their class.
+_BY_LABEL = {"DiskTier": Tier.DISK}
+
+
+def with_tiers(sources: Sources, loaded: Mapping[CacheHitSource, int] | None) -> Sources:
+    """The same, with what was `loaded` from tiers told apart from what a handoff brought."""
+    if not loaded:
+        return sources
+    counted: dict[str, int] = {}
+    for source, tokens in loaded.items():
+        name = SOURCES.get(source, "received_tokens")
+        counted[name] = counted.get(name, 0) + tokens
+    counted.setdefault("received_tokens", 0)
+    return msgspec.structs.replace(sources, **counted)
+
+
+class Counters:
+    """Totals, and the curves of an engine's tiers."""
+
+    def __init__(self, tiers: tuple[Tier, ...], now: Callable[[], float]) -> None:
+        self._counts: dict[str, float] = {}
+        self._now = now
+        self._costs = {tier: FetchCost(GUESSES[tier], now()) for tier in tiers}
+
+    def _add(self, name: str, amount: float) -> None:
+        self._counts[name] = self._counts.get(name, 0) + amount
+
+    def count(self, deltas: list[Delta]) -> None:
+        """What a step gave to requests."""
+        for delta in deltas:
+            self._add("generated_tokens", len(delta.token_ids))
+            if delta.sources is not None:
+                for source, tokens in delta.sources.by_source().items():
+                    self._add(f"prompt_tokens_{source}", tokens)
+
+    def observe(self, stats: SchedulerStats | None) -> None:
+        """What the connectors did in this step."""
+        if stats is None:
+            return
+        seen = stats.kv_connector_stats or {}
+        if not self._costs:
+            self._observe_handoffs(seen)
+            return
+        for connector, each in seen.items():
+            if connector == TIERED_CONNECTOR:
+                self._observe_tiers(each.get("data", {}))
+            else:
+                self._observe_handoffs(each)
+
+    def curve(self, tier: Tier) -> LinkCurve:
+        """Seconds to bring bytes from a tier into the paged KV; through the host tier, if not from
+        there."""
+        now_s = self._now()
+        own, host = self._costs[tier].curve(now_s), self._costs[Tier.HOST].curve(now_s)
+        if tier is Tier.HOST:
+            return own
+        return LinkCurve(own.latency_s, own.per_byte_s + host.per_byte_s)
+
+    def _observe_tiers(self, seen: dict[str, dict[tuple[str, ...], float]]) -> None:
+        """vLLM's offloading metrics of this step, by name and labels."""
+        for name, total in TIER_METRICS.items():
+            self._add(total, sum(seen.get(name, {}).values()))
+        loaded_bytes, loaded_s = (sum(seen.get(name, {}).values()) for name in LOADED)
+        self._costs[Tier.HOST].saw(int(loaded_bytes), loaded_s, self._now())
+        promoted_bytes, promoted_s = (seen.get(name, {}) for name in PROMOTED)
+        for label, n_bytes in promoted_bytes.items():
+            tier = _BY_LABEL.get(label[0].rpartition(":")[2])
+            if tier in self._costs:
+                self._costs[tier].saw(int(n_bytes), promoted_s.get(label, 0.0), self._now())
+
+    def _observe_handoffs(self, seen: dict[str, Any]) -> None:
+        """NIXL's telemetry (lists, one entry a transfer)."""
+        self._add("transfers", len(seen.get("bytes_transferred", ())))
+        self._add("transfer_bytes", sum(seen.get("bytes_transferred", ())))
+        self._add("transfer_s", sum(seen.get("transfer_duration", ())))
+        for name in ("num_failed_transfers", "num_failed_handshakes"):
+            self._add("failed_transfers", sum(seen.get(name, ())))
+        self._add("expired_leases", sum(seen.get("num_kv_expired_reqs", ())))
+
+    def frozen(self) -> Totals:
+        kinds = Totals.__annotations__
+        return Totals(**{k: kinds[k](v) for k, v in self._counts.items()})
