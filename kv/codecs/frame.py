@@ -32,7 +32,7 @@ HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A frame whose checksum is right."""
+    """What a frame's header says, and its payload."""
 
     codec: str
     fingerprint: bytes
@@ -56,12 +56,35 @@ def encode_frame(codec: Codec, page: Bytes, shape: PageShape, frame: Writable) -
     target[:HEADER_BYTES] = bytes(HEADER_BYTES)
     payload = target[HEADER_BYTES:]
     codec.encode(source, shape, payload)
-    header = _HEADER.pack(MAGIC, VERSION, codec.name.encode(), shape.fingerprint, payload_bytes)
+    seal(codec.name, shape.fingerprint, target)
+
+
+def seal(codec: str, fingerprint: bytes, frame: Writable) -> None:
+    """Write the header in front of a payload that is there already. `fingerprint`, of 16 bytes,
+    says what the payload is; `encode_frame` has that of a page's shape there."""
+    target = memoryview(frame).cast("B")
+    payload = target[HEADER_BYTES:]
+    header = _HEADER.pack(MAGIC, VERSION, codec.encode(), fingerprint, len(payload))
     target[:HEADER_BYTES] = header + _CHECKSUM.pack(_checksum(header, payload))
 
 
 def read_frame(frame: Bytes) -> Frame:
     """The frame in these bytes, once its checksum is right. Raises CodecError for anything else."""
+    found, told = _opened(frame)
+    header = memoryview(frame).cast("B")[: _HEADER.size]
+    if (right := _checksum(header, found.payload)) != told:
+        _refuse("frame", f"checksum {right:016x}, its header says {told:016x}")
+    return found
+
+
+def open_verified(frame: Bytes) -> Frame:
+    """The frame in bytes whose checksum somebody has found right. Raises CodecError for another
+    form, version or length."""
+    return _opened(frame)[0]
+
+
+def _opened(frame: Bytes) -> tuple[Frame, int]:
+    """A frame, and the checksum that its header says."""
     whole = memoryview(frame).cast("B").toreadonly()
     if len(whole) < HEADER_BYTES:
         _refuse("frame", f"{len(whole)} bytes, {HEADER_BYTES} are its header")
@@ -72,9 +95,7 @@ def read_frame(frame: Bytes) -> Frame:
     if payload_bytes != len(payload):
         _refuse("frame", f"{len(payload)} bytes of payload, its header says {payload_bytes}")
     (told,) = _CHECKSUM.unpack(whole[_HEADER.size : HEADER_BYTES])
-    if (found := _checksum(header, payload)) != told:
-        _refuse("frame", f"checksum {found:016x}, its header says {told:016x}")
-    return Frame(name.rstrip(b"\0").decode("ascii", "replace"), fingerprint, payload)
+    return Frame(name.rstrip(b"\0").decode("ascii", "replace"), fingerprint, payload), told
 
 
 def told_checksum(frame: Bytes) -> int:

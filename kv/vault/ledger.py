@@ -111,6 +111,11 @@ class Ledger:
         self._advance(now_s)
         return next((at for at, key in enumerate(keys) if not self._readable(key)), len(keys))
 
+    def held(self, keys: Sequence[bytes], now_s: float) -> tuple[bool, ...]:
+        """For each key whether it can be read now. Uses nothing and holds nothing."""
+        self._advance(now_s)
+        return tuple(map(self._readable, keys))
+
     def lease(self, keys: Sequence[bytes], owner: str, end_s: float, now_s: float) -> Lent:
         """Hold the leading blocks for a reader until `end_s` or its release, and count them used.
 

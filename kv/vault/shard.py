@@ -137,6 +137,10 @@ class Shard:
 
     # -- reading
 
+    def held(self, has: wire.Has, now_s: float) -> wire.Held:
+        """Which blocks there are, on disk alone too."""
+        return wire.Held(has.number, self._ledger.held(has.keys, now_s))
+
     def lend(self, client: str, get: wire.Get, now_s: float) -> tuple[bytes, ...]:
         """Hold the leading blocks for a reader. Those returned are on disk alone: each is to be
         read there and told to `admit` before `lent`."""

@@ -2,8 +2,8 @@
 
 A client says Hello and learns where the shard's memory lies. It puts a block in three steps: Put
 asks for room, the client writes the frames there, Written says that they are in. It gets blocks by
-Get, which lends them for a time, reads them out, and gives them back with Done. All messages are
-msgpack in declared shapes; nothing is ever unpickled.
+Get, which lends them for a time, reads them out, and gives them back with Done. Has asks which are
+there, and holds nothing. All messages are msgpack in declared shapes; nothing is ever unpickled.
 
 The frame's checksum travels with each message about a block, since it names the bytes: whoever
 reads memory that meanwhile holds another whole frame sees that it is not the one that was meant.
@@ -22,7 +22,7 @@ from kv.vault.arena import Extent
 from kv.vault.orders import Outcome
 
 # Bumped whenever a message changes shape, other than Hello and Denied, which never do.
-VAULT_VERSION = 1
+VAULT_VERSION = 2
 # Of one message; a Get of that many keys is some 40 kB.
 MOST_BLOCKS = 1024
 MOST_MESSAGE_BYTES = 1 << 20
@@ -93,6 +93,13 @@ class Get(msgspec.Struct, frozen=True, tag="get", forbid_unknown_fields=True):
     keys: Annotated[tuple[Key, ...], Meta(min_length=1, max_length=MOST_BLOCKS)]
 
 
+class Has(msgspec.Struct, frozen=True, tag="has", forbid_unknown_fields=True):
+    """Which of these blocks are there? Counts as no use of them."""
+
+    number: Number
+    keys: Annotated[tuple[Key, ...], Meta(min_length=1, max_length=MOST_BLOCKS)]
+
+
 class Done(msgspec.Struct, frozen=True, tag="done", forbid_unknown_fields=True):
     """The Get of this number reads nothing more. `damaged` are places of its answer whose bytes
     were not what was told."""
@@ -114,7 +121,7 @@ class Stat(msgspec.Struct, frozen=True, tag="stat", forbid_unknown_fields=True):
     number: Number
 
 
-Question = Hello | Put | Written | Get | Done | Forget | Stat
+Question = Hello | Put | Written | Get | Has | Done | Forget | Stat
 
 # ------------------------------------------------------------------ shard to client
 
@@ -172,6 +179,13 @@ class Lent(msgspec.Struct, frozen=True, tag="lent", forbid_unknown_fields=True):
     lease_s: float
 
 
+class Held(msgspec.Struct, frozen=True, tag="held", forbid_unknown_fields=True):
+    """To a Has: for each of its blocks whether it could be lent now."""
+
+    number: Number
+    held: tuple[bool, ...]
+
+
 class Forgotten(msgspec.Struct, frozen=True, tag="forgotten", forbid_unknown_fields=True):
     """To a Forget, once it is on the disk too (`erased` is False where that failed). Nobody finds
     these blocks any more; `in_use_bytes` are overwritten when their readers or writers end."""
@@ -198,7 +212,7 @@ class Beat(msgspec.Struct, frozen=True, tag="beat", forbid_unknown_fields=True):
     """Sent to see whether the connection stands; to be ignored."""
 
 
-Reply = Welcome | Denied | Granted | Stored | Lent | Forgotten | Stats | Beat
+Reply = Welcome | Denied | Granted | Stored | Lent | Held | Forgotten | Stats | Beat
 
 _encoder = msgspec.msgpack.Encoder()
 _questions = msgspec.msgpack.Decoder(Question)

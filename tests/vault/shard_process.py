@@ -86,11 +86,13 @@ def shard(
 
 
 @contextlib.contextmanager
-def client(*shards: ShardHandle, secret: bytes = SECRET, **kwargs: Any) -> Iterator[VaultClient]:
+def client(
+    *shards: ShardHandle, secret: bytes = SECRET, fingerprint: str = FINGERPRINT, **kwargs: Any
+) -> Iterator[VaultClient]:
     """A client of these shards, connected to all of them."""
     seats = {each.name: each.seat for each in shards}
     kwargs.setdefault("staging_bytes", 8 * MIB)
-    made = VaultClient(seats, keys.client_keys(secret), FINGERPRINT, **kwargs)
+    made = VaultClient(seats, keys.client_keys(secret), fingerprint, **kwargs)
     try:
         assert made.await_up(20.0)
         yield made
@@ -99,11 +101,13 @@ def client(*shards: ShardHandle, secret: bytes = SECRET, **kwargs: Any) -> Itera
 
 
 @contextlib.contextmanager
-def session(handle: ShardHandle, staging_bytes: int = MIB) -> Iterator[Session]:
+def session(
+    handle: ShardHandle, staging_bytes: int = MIB, fingerprint: str = FINGERPRINT
+) -> Iterator[Session]:
     """A bare connection, for what no client does."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     address, theirs = handle.seat.address, keys.client_keys(SECRET)
-    made = Session(context, address, theirs, FINGERPRINT, staging_bytes)
+    made = Session(context, address or "", theirs, fingerprint, staging_bytes)
     try:
         yield made
     finally:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from kv.errors import CodecError, VaultLostError
+from kv.errors import CodecError, VaultError, VaultLostError
 from kv.placement import place
 from kv.vault import wire
 from kv.vault.wire import Verdict
@@ -34,9 +34,10 @@ _Answer = TypeVar("_Answer")
 
 
 class ShardSeat(msgspec.Struct, frozen=True):
-    """Where a shard can be reached, and its share of the blocks against others'."""
+    """Where a shard can be reached, None while that is not known; and its share of the blocks
+    against others'."""
 
-    address: str
+    address: str | None = None
     weight: float = 1.0
 
 
@@ -47,7 +48,7 @@ Take = Callable[[bytes, memoryview], None]
 
 class VaultClient:
     """See the module. `staging_bytes` of memory for each shard; a frame larger than half of it
-    is a miss.
+    is a miss. With none it asks and moves no blocks.
 
     Raises VaultError for no shards, or weights that are not above 0.
     """
@@ -61,22 +62,40 @@ class VaultClient:
     ) -> None:
         self._weights = {name: seat.weight for name, seat in shards.items()}
         place(b"", self._weights)
+        self._keys, self._fingerprint = keys, fingerprint
         self._staging_bytes = staging_bytes
         self._verifying = ThreadPoolExecutor(1, thread_name_prefix="vault-verify")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._lines = {
-            name: Line(
-                name,
-                partial(Session, self._context, seat.address, keys, fingerprint, staging_bytes),
-            )
-            for name, seat in shards.items()
-        }
+        self._addresses: dict[str, str] = {}
+        self._lines: dict[str, Line] = {}
+        for name, seat in shards.items():
+            if seat.address is not None:
+                self.move(name, seat.address)
+
+    def move(self, name: str, address: str) -> None:
+        """From now on the shard of this name is reached there. Not for several threads at once.
+
+        Raises VaultError for a shard that the client was not made with: blocks lie on those.
+        """
+        if name not in self._weights:
+            raise VaultError(f"vault shard {name}", f"not among {[*self._weights]}", "restart")
+        if self._addresses.get(name) == address:
+            return
+        connect = partial(
+            Session, self._context, address, self._keys, self._fingerprint, self._staging_bytes
+        )
+        before = self._lines.get(name)
+        self._addresses[name], self._lines[name] = address, Line(name, connect)
+        if before is not None:
+            # It may have to wait for a call that uses it.
+            in_background("vault-close", before.close)
 
     def await_up(self, timeout_s: float) -> bool:
         """Whether all shards are connected, within this time. Until then they have nothing."""
         deadline_s = time.monotonic() + timeout_s
         lines = self._lines.values()
-        return all(line.await_up(deadline_s) for line in lines)
+        up = all(line.await_up(deadline_s) for line in lines)
+        return up and len(self._lines) == len(self._weights)
 
     def put(
         self, run: bytes, tenant: str, codec: str, blocks: Sequence[Block], timeout_s: float
@@ -108,6 +127,21 @@ class VaultClient:
             logger.debug("get of %d blocks: %s", len(keys), error)
         return taken
 
+    def has(self, runs: Mapping[bytes, Sequence[bytes]], timeout_s: float) -> frozenset[bytes]:
+        """Which blocks of these runs are there, as far as their shards say so in time."""
+        deadline_s = time.monotonic() + timeout_s
+        by_shard: dict[str, list[bytes]] = {}
+        for run, keys in runs.items():
+            by_shard.setdefault(place(run, self._weights), []).extend(keys)
+        found: list[bytes] = []
+        for name, keys in by_shard.items():
+            try:
+                with self._named(name).session(deadline_s) as session:
+                    found += _held(session, keys, deadline_s)
+            except VaultLostError as error:
+                logger.debug("question about %d blocks: %s", len(keys), error)
+        return frozenset(found)
+
     def forget(self, tags: Iterable[str], timeout_s: float) -> dict[str, wire.Forgotten | None]:
         """Erase tenants on all shards: what each did; None for one that did not say."""
         asked = tuple(tags)
@@ -129,24 +163,30 @@ class VaultClient:
 
     def close(self) -> None:
         """End all connections, once no call uses them."""
-        for line in self._lines.values():
+        for line in list(self._lines.values()):
             line.close()
         self._verifying.shutdown(wait=False)
         # It waits for sockets that are still being closed.
         in_background("vault-end", self._context.term)
 
     def _line(self, run: bytes) -> Line:
-        return self._lines[place(run, self._weights)]
+        return self._named(place(run, self._weights))
+
+    def _named(self, name: str) -> Line:
+        line = self._lines.get(name)
+        if line is None:
+            raise VaultLostError(f"vault {name}", "its address is not known", "wait")
+        return line
 
     def _each(
         self, ask: Callable[[Session, int, float], _Answer], timeout_s: float
     ) -> dict[str, _Answer | None]:
         """Ask one shard after the other, each with its share of the time."""
         found: dict[str, _Answer | None] = {}
-        for name, line in self._lines.items():
-            deadline_s = time.monotonic() + timeout_s / len(self._lines)
+        for name in self._weights:
+            deadline_s = time.monotonic() + timeout_s / len(self._weights)
             found[name] = None
-            with suppress(VaultLostError), line.session(deadline_s) as session:
+            with suppress(VaultLostError), self._named(name).session(deadline_s) as session:
                 found[name] = ask(session, session.number(), deadline_s)
         return found
 
@@ -197,6 +237,20 @@ class VaultClient:
             if lent.places:
                 session.tell(wire.Done(number, tuple(damaged)))
         return len(lent.places)
+
+
+def _held(session: Session, keys: Sequence[bytes], deadline_s: float) -> list[bytes]:
+    """Those of the keys that a shard has; all questions are sent before the first answer is
+    read."""
+    parts: list[tuple[int, Sequence[bytes]]] = []
+    for at in range(0, len(keys), wire.MOST_BLOCKS):
+        parts.append((session.number(), keys[at : at + wire.MOST_BLOCKS]))
+        session.tell(wire.Has(parts[-1][0], tuple(parts[-1][1])))
+    found: list[bytes] = []
+    for number, part in parts:
+        held = session.answer(wire.Held, number, deadline_s).held
+        found += [key for key, here in zip(part, held, strict=False) if here]
+    return found
 
 
 def _accepted(take: Take, key: bytes, frame: memoryview) -> bool:

@@ -26,20 +26,29 @@ from workers.vault.region import Piece, Region
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
-# Between a loss and the next try: doubled from the first to the second while tries fail.
+# Between a loss and the next try: doubled from the first to the second until a call succeeds. A
+# shard may welcome whoever comes and hang all the same, for instance with its disk.
 RETRY_S, RETRY_MOST_S = 0.5, 30.0
 _LOOK_S = 0.1
 _FATAL = zmq.Event.DISCONNECTED | zmq.Event.CLOSED | zmq.Event.CONNECT_RETRIED
 
 
-_Numbered = wire.Put | wire.Written | wire.Get | wire.Forget | wire.Stat
+_Numbered = wire.Put | wire.Written | wire.Get | wire.Has | wire.Forget | wire.Stat
 _Reply = TypeVar(
-    "_Reply", wire.Welcome, wire.Granted, wire.Stored, wire.Lent, wire.Forgotten, wire.Stats
+    "_Reply",
+    wire.Welcome,
+    wire.Granted,
+    wire.Stored,
+    wire.Lent,
+    wire.Held,
+    wire.Forgotten,
+    wire.Stats,
 )
 
 
 class Session:
-    """One connection that was welcomed. Not for several threads at once."""
+    """One connection that was welcomed; without staging it can ask, and move nothing. Not for
+    several threads at once."""
 
     def __init__(
         self,
@@ -66,8 +75,9 @@ class Session:
         try:
             self._socket.connect(address)
             welcome = self._greet(fingerprint)
-            self.region = Region(staging_bytes, serves=False)
-            self._peer = self.region.meet(welcome.metadata)
+            if staging_bytes:
+                self.region = Region(staging_bytes, serves=False)
+                self._peer = self.region.meet(welcome.metadata)
         except BaseException:
             self.close()
             raise
@@ -195,6 +205,7 @@ class Line:
                 # Of a caller's too: it may have left something under way.
                 self._lose(session, error)
                 raise
+            self._retry_s = RETRY_S
         finally:
             self._lock.release()
 
@@ -209,9 +220,13 @@ class Line:
         logger.warning("%s; the next try in %.1f s", error, self._retry_s)
         with self._state:
             self._session = None
-            self._again_s = time.monotonic() + self._retry_s
+            self._pause()
         # Ending what is under way may take as long as the network does.
         in_background("vault-close", session.close)
+
+    def _pause(self) -> None:
+        self._again_s = time.monotonic() + self._retry_s
+        self._retry_s = min(2 * self._retry_s, RETRY_MOST_S)
 
     def _start(self) -> None:
         with self._state:
@@ -233,9 +248,8 @@ class Line:
     def _reached(self, session: Session | None) -> None:
         with self._state:
             self._connecting = False
-            # A shard that answers and is lost at once must not be tried without pause.
-            self._again_s = time.monotonic() + self._retry_s
-            self._retry_s = RETRY_S if session else min(2 * self._retry_s, RETRY_MOST_S)
+            if session is None:
+                self._pause()
             unwanted = session if self._closed else None
             self._session = None if self._closed else session
             self._state.notify_all()

@@ -122,6 +122,8 @@ class ShardServer:
                     self._tasks.create_task(self._load(identity, question, missing))
                 else:
                     self._send(identity, self._shard.lent(client, question, now_s))
+            case wire.Has():
+                self._send(identity, self._shard.held(question, now_s))
             case wire.Done():
                 for key in self._shard.done(client, question, now_s):
                     logger.warning("block %s was damaged in memory; dropped", key.hex())

@@ -277,6 +277,25 @@ def test_nothing_is_lent_before_it_is_acknowledged() -> None:
     assert world.has(b"a")
 
 
+def test_asking_what_is_there_uses_and_holds_nothing() -> None:
+    """Each block by itself, as soon as it could be lent and no sooner, gaps or not; a block that is
+    asked about is the next to go all the same."""
+    world = World(2)
+    assert world.store("w", {b"a": FRAME}) == ["stored"]
+    assert world.store("w", {b"b": FRAME}) == ["stored"]
+
+    def held(*keys: bytes) -> tuple[bool, ...]:
+        return world.shard.held(wire.Has(9, keys), world.now_s).held
+
+    assert held(b"a", b"x", b"b") == (True, False, True)
+    grant, _ = world.put("w", {b"c": FRAME})
+    assert held(b"a", b"b", b"c") == (False, True, False)
+    world.write(grant)
+    world.finish(grant)
+    assert held(b"b", b"c") == (True, True)
+    assert not world.shard.holds("reader")
+
+
 @pytest.mark.parametrize("told", [b"noise", b"another", b"nothing"])
 def test_what_is_not_the_frame_that_was_told_is_refused(told: bytes) -> None:
     """Noise, another whole frame, and nothing at all; the memory is free again."""
