@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
@@ -25,6 +25,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
+    Locality,
     LookupResult,
     Medium,
     OffloadingEvent,
@@ -59,6 +60,11 @@ from kv.promoted import DEADLINE, Promoted
 logger = init_logger(__name__)
 
 _MOST_UNREPORTED = 10_000
+# What vLLM calls the tiers behind the host tier.
+_NAMES = {
+    (Medium.STORAGE, Locality.LOCAL): Tier.DISK,
+    (Medium.STORAGE, Locality.REMOTE): Tier.VAULT,
+}
 
 
 class TieredConnector(OffloadingConnector):
@@ -252,6 +258,16 @@ class BatchedCopyWorker(OffloadingWorker):
 # ------------------------------------------------------------------ host, and what lies behind it
 
 
+@runtime_checkable
+class Erasing(Protocol):
+    """A tier that can erase tenants."""
+
+    def erase(self, tags: Collection[str]) -> int:
+        """Remove every block with one of these tags, and store none that waits to be; how many
+        are gone now. Raises `DiskError` if files are left."""
+        ...
+
+
 class Tiers(TieringOffloadingManager):
     """vLLM's manager, with an end to its retries and with erasure. The engine's thread only.
 
@@ -335,8 +351,7 @@ class Tiers(TieringOffloadingManager):
 
     def behind(self) -> tuple[Tier, ...]:
         """The tiers that there are, in the order in which they are asked."""
-        disk = any(isinstance(tier, DiskTier) for tier in self.secondary_tiers)
-        return (Tier.HOST, Tier.DISK) if disk else (Tier.HOST,)
+        return (Tier.HOST, *(_NAMES[tier.medium, tier.locality] for tier in self.secondary_tiers))
 
     def found(self) -> list[bytes]:
         """Engine names of the first group's blocks that are on disk: at a start, what was found."""
@@ -359,11 +374,21 @@ class Tiers(TieringOffloadingManager):
         keys = [key for key, tag in self._tags.items() if tag in tags]
         held = [key for key in keys if self.primary_tier._policy.get(key) is not None]
         self._doomed.update(key for key in held if not self._remove(key))
-        disks = [tier for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
-        return len(held) + sum(disk.erase(tags) for disk in disks)
+        return len(held) + self._erase_behind(tags)
+
+    def _erase_behind(self, tags: Collection[str]) -> int:
+        erased, failure = 0, None
+        for tier in self.secondary_tiers:
+            try:
+                erased += tier.erase(tags) if isinstance(tier, Erasing) else 0
+            except DiskError as error:  # the other tiers erase all the same
+                failure = error
+        if failure is not None:
+            raise failure
+        return erased
 
     def clear(self) -> None:
-        """Remove every block; `reset_cache` keeps what is on disk."""
+        """Remove every block of this replica; `reset_cache` keeps what is on disk."""
         for tier in self.secondary_tiers:
             if isinstance(tier, DiskTier):
                 tier.store.clear()

@@ -172,10 +172,10 @@ class FleetMetrics(Collector):
             moved.add_metric(["device", lane], n_bytes)
             spent.add_metric(["device", lane], seconds)
         every = [totals for _, totals in self._counted()]
-        for tier in ("host", "disk"):
+        for tier, transport in (("host", "local"), ("disk", "local"), ("vault", "nixl")):
             n_bytes = sum(getattr(each, f"{tier}_loaded_bytes") for each in every)
             if n_bytes:
-                moved.add_metric([tier, "local"], n_bytes)
+                moved.add_metric([tier, transport], n_bytes)
         failed.add_metric([], sum(each.failed_transfers + each.failed_loads for each in every))
         yield moved
         yield spent

@@ -11,27 +11,36 @@ from kv.catalogue import Tier
 from kv.curve import LinkCurve
 from kv.fetch import GUESSES, FetchCost
 from workers.messages import Delta, Sources, Totals
-from workers.tiers import TIERED_CONNECTOR
+from workers.tiers import TIERED_CONNECTOR, VAULT_STORED_BYTES
 
 # vLLM's words for where KV came from and what was moved, and ours.
 SOURCES = {
     CacheHitSource.HOST: "host_tokens",
     CacheHitSource.DISK: "disk_tokens",
     CacheHitSource.P2P: "peer_tokens",
+    # vLLM has no word for a vault, and no other tier of ours is without one.
+    CacheHitSource.EXTERNAL_UNSPECIFIED: "vault_tokens",
 }
 TIER_METRICS = {
     "vllm:kv_offload_store_bytes": "host_stored_bytes",
     "vllm:kv_offload_load_bytes": "host_loaded_bytes",
-    "vllm:kv_offload_tiering_write_bytes": "disk_stored_bytes",
-    "vllm:kv_offload_tiering_read_bytes": "disk_loaded_bytes",
     "vllm:kv_offload_tiering_promotion_job_failures": "failed_loads",
+    VAULT_STORED_BYTES: "vault_stored_bytes",
+}
+# Those that are labelled by tier.
+METRICS_BY_TIER = {
+    "vllm:kv_offload_tiering_write_bytes": {Tier.DISK: "disk_stored_bytes"},
+    "vllm:kv_offload_tiering_read_bytes": {
+        Tier.DISK: "disk_loaded_bytes",
+        Tier.VAULT: "vault_loaded_bytes",
+    },
 }
 # Bytes and seconds of what came from a tier: of all that went to the device, and of what each
 # tier behind the host tier gave to it.
 LOADED = ("vllm:kv_offload_load_bytes", "vllm:kv_offload_load_time")
 PROMOTED = ("vllm:kv_offload_tiering_read_bytes", "vllm:kv_offload_tiering_read_time")
 # The tiers behind the host tier by the end of their label, which is their class.
-_BY_LABEL = {"DiskTier": Tier.DISK}
+_BY_LABEL = {"DiskTier": Tier.DISK, "VaultTier": Tier.VAULT}
 
 
 def with_tiers(sources: Sources, loaded: Mapping[CacheHitSource, int] | None) -> Sources:
@@ -94,10 +103,13 @@ class Counters:
             self._add(total, sum(seen.get(name, {}).values()))
         loaded_bytes, loaded_s = (sum(seen.get(name, {}).values()) for name in LOADED)
         self._costs[Tier.HOST].saw(int(loaded_bytes), loaded_s, self._now())
+        for name, totals in METRICS_BY_TIER.items():
+            for label, amount in seen.get(name, {}).items():
+                if (tier := _tier(label)) in totals:
+                    self._add(totals[tier], amount)
         promoted_bytes, promoted_s = (seen.get(name, {}) for name in PROMOTED)
         for label, n_bytes in promoted_bytes.items():
-            tier = _BY_LABEL.get(label[0].rpartition(":")[2])
-            if tier in self._costs:
+            if (tier := _tier(label)) in self._costs:
                 self._costs[tier].saw(int(n_bytes), promoted_s.get(label, 0.0), self._now())
 
     def _observe_handoffs(self, seen: dict[str, Any]) -> None:
@@ -112,3 +124,7 @@ class Counters:
     def frozen(self) -> Totals:
         kinds = Totals.__annotations__
         return Totals(**{k: kinds[k](v) for k, v in self._counts.items()})
+
+
+def _tier(label: tuple[str, ...]) -> Tier | None:
+    return _BY_LABEL.get(label[0].rpartition(":")[2])

@@ -38,6 +38,7 @@ from workers.events import MirrorEvents
 from workers.messages import Delta, Load, TierLoad
 from workers.mirror import Change
 from workers.tiers import with_hints
+from workers.vault.tier import VaultTier
 
 logger = init_logger(__name__)
 
@@ -66,6 +67,8 @@ class Engine:
         self._world_size: int = config.parallel_config.world_size
         self._tiered = _tiered(self._scheduler)
         self._tiers: Any = None if self._tiered is None else self._tiered.scheduler.manager
+        secondary = () if self._tiers is None else self._tiers.secondary_tiers
+        self.vault = next((tier for tier in secondary if isinstance(tier, VaultTier)), None)
         self._erasure = Erasure(
             self._scheduler,
             self._publish,
@@ -135,11 +138,12 @@ class Engine:
         self._orders.put(lambda: self._core.abort_requests(request_ids))
 
     def forget(self) -> None:
-        """Drop every cached block, those in tiers too."""
+        """Drop every cached block, those in this replica's tiers too; the vault is everybody's."""
         self._orders.put(self._reset)
 
     def erase(self, tags: Sequence[str], receiver: Callable[[Erased], None]) -> None:
-        """Erase the blocks of these tags and tell `receiver`, behind the change report."""
+        """Erase the blocks of these tags and tell `receiver`, behind the change report; with a
+        vault on a thread of its tier, once the vault has erased them too."""
         self._orders.put(lambda: self._erase(tags, receiver))
 
     def snapshot(self, receiver: Callable[[dict[Tier, bytes]], None]) -> None:
@@ -247,7 +251,10 @@ class Engine:
         logger.info(words, erased.blocks, erased.in_use, erased.in_tiers)
         self._publish()
         self._report({})
-        receiver(erased)
+        if self.vault is None:
+            receiver(erased)
+        else:
+            self.vault.forgotten(lambda: receiver(erased))
 
     def _publish(self) -> None:
         """Block events otherwise wait for the end of a step."""
@@ -301,6 +308,8 @@ class Engine:
     def _tier(self, tier: Tier) -> TierLoad:
         curve, mirror = self._totals.curve(tier), self._mirror
         blocks, unnamed = mirror.blocks(tier), mirror.unnamed(tier)
+        if tier is Tier.VAULT:  # others store and find there too: nobody here knows what it has
+            unnamed = 1
         return TierLoad(blocks, unnamed, curve.latency_s, curve.per_byte_s)
 
 

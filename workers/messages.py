@@ -75,6 +75,32 @@ def directory_prefix(cluster: str) -> str:
     return f"replicas/{cluster}/"
 
 
+class Shard(msgspec.Struct, frozen=True):
+    """Who a vault's shard is; constant for the life of its process."""
+
+    name: str
+    epoch: str
+    address: str
+    node: str
+    pid: int
+
+
+class ShardRecord(msgspec.Struct, frozen=True):
+    """A shard's record in the directory; `beat` grows with each renewal. `stored_bytes` are of
+    frames, by codec."""
+
+    shard: Shard
+    beat: int
+    blocks: int = 0
+    stored_bytes: dict[str, int] = {}
+
+
+def shard_prefix(cluster: str) -> str:
+    """The key prefix of all vault shards of one cluster; behind it comes a shard's name, so that
+    a restarted one takes its predecessor's place."""
+    return f"vault/{cluster}/"
+
+
 # ------------------------------------------------------------------ ingress to replica
 
 
@@ -206,7 +232,7 @@ class Totals(msgspec.Struct, frozen=True):
     failed_transfers: int = 0
     expired_leases: int = 0
     # Prompt tokens that a tier brought, and bytes between tiers: what the host tier took from the
-    # engine and gave to it, what the disk tier took from the host tier and gave to it.
+    # engine and gave to it, what the disk tier and the vault took from the host tier and gave it.
     prompt_tokens_host: int = 0
     prompt_tokens_disk: int = 0
     prompt_tokens_peer: int = 0
@@ -215,6 +241,8 @@ class Totals(msgspec.Struct, frozen=True):
     host_loaded_bytes: int = 0
     disk_stored_bytes: int = 0
     disk_loaded_bytes: int = 0
+    vault_stored_bytes: int = 0
+    vault_loaded_bytes: int = 0
     failed_loads: int = 0
 
     def plus(self, other: "Totals") -> "Totals":

@@ -6,12 +6,14 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from kv.curve import PrefillSample, fit_prefill
 from workers import connector, lanes
-from workers.curve import ServerKeys
+from workers.curve import ClientKeys, ServerKeys
 from workers.errors import EngineDeadError, EngineStartError
 from workers.messages import Replica, Role
 from workers.server import ReplicaServer
@@ -40,6 +42,7 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     probe_s: float = 4.0
     seed: int = 0
     tiers: Tiers = Tiers()
+    vault_keys: ClientKeys | None = None
 
 
 class ReplicaProcess:
@@ -80,6 +83,9 @@ class ReplicaProcess:
         config = options.engine_config(parsed, transfer, events=True)
         self._engine = Engine(config, self._server.report)
         samples, step_s = probe(self._engine.core, settings.probe_s, settings.seed)
+        if self._engine.vault is not None and settings.vault_keys is not None:
+            measured = [PrefillSample(*sample) for sample in samples]
+            self._engine.vault.attach(settings.vault_keys, fit_prefill(measured))
         logger.info("%s: engine ready in %.1f s", self.name, time.monotonic() - began)
         return Replica(
             name=self.name,
@@ -104,6 +110,11 @@ class ReplicaProcess:
             tasks.create_task(self._server.serve(self._engine, self.replica))
             tasks.create_task(self._watch_lanes())
             self._engine.start()
+
+    def seat_vault(self, addresses: Mapping[str, str]) -> None:
+        """Where the vault's shards are, by name."""
+        if self._engine.vault is not None:
+            self._engine.vault.seat(addresses)
 
     async def _watch_lanes(self) -> None:
         known: tuple[str, ...] = ()

@@ -19,8 +19,11 @@ from kv.promoted import DEADLINE
 # Whose statistics are the tiers' (`kv.offload`).
 TIERED_CONNECTOR = "TieredConnector"
 
-# Shared memory through which disk blocks pass where no host tier is set.
+# Shared memory through which blocks of other tiers pass where no host tier is set.
 STAGING_BYTES = 268_435_456
+
+# What the vault tier reports beside vLLM's metrics: bytes that the vault took.
+VAULT_STORED_BYTES = "breakeven:vault_stored_bytes"
 
 # Requests that neither read the tiers nor leave anything there (`workers.probe`).
 NO_TIERS: dict[str, Any] = {"max_load_tokens": 0, "max_offload_tokens": 0}
@@ -47,14 +50,46 @@ class DiskTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     bytes: Annotated[int, Meta(ge=1)]
 
 
+class VaultDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Files of each shard, in a folder of its name below `path`."""
+
+    path: Annotated[str, Meta(min_length=1)]
+    bytes: Annotated[int, Meta(ge=1)]
+
+
+class Vault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Processes of their own that keep blocks of all replicas. Sizes are those of each shard."""
+
+    shards: Annotated[int, Meta(ge=1)] = 1
+    cpus: Annotated[float, Meta(gt=0)] = 0.5
+    memory_bytes: Annotated[int, Meta(ge=1)]
+    disk: VaultDisk | None = None
+    ttl_s: Annotated[float, Meta(gt=0)] | None = None
+    tenant_bytes: Annotated[int, Meta(ge=1)] | None = None
+    codec: str = "raw"
+
+    def __post_init__(self) -> None:
+        if self.codec != "raw":
+            raise ValueError(
+                f"codec {self.codec}: a lossy codec needs a namespace of its own, which is not "
+                "there yet; use raw"
+            )
+
+
+def shard_names(shards: int) -> tuple[str, ...]:
+    """What a vault's shards are called; blocks are placed by these names."""
+    return tuple(f"vault-{number}" for number in range(shards))
+
+
 class Tiers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where evicted blocks stay; nothing is kept where neither is set."""
+    """Where evicted blocks stay; nothing is kept where none is set."""
 
     host: HostTier | None = None
     disk: DiskTier | None = None
+    vault: Vault | None = None
 
     def __bool__(self) -> bool:
-        return self.host is not None or self.disk is not None
+        return any(tier is not None for tier in (self.host, self.disk, self.vault))
 
 
 def with_tiers(transfer: Mapping[str, Any], tiers: Tiers, identity: str) -> dict[str, Any]:
@@ -126,17 +161,33 @@ def _offloading(tiers: Tiers, identity: str) -> dict[str, Any]:
         # An answer is part of the conversation's next prompt.
         "offload_prompt_only": False,
     }
-    if tiers.disk is not None:
-        extra["secondary_tiers"] = [
-            {
-                "type": "DiskTier",
-                "module_path": "kv.offload_disk",
-                "path": tiers.disk.path,
-                "budget_bytes": tiers.disk.bytes,
-                "identity": identity,
-            }
-        ]
+    behind = [] if tiers.disk is None else [_disk(tiers.disk, identity)]
+    behind += [] if tiers.vault is None else [_vault(tiers.vault, identity)]
+    if behind:
+        # In the order in which they are asked.
+        extra["secondary_tiers"] = behind
     return extra
+
+
+def _disk(disk: DiskTier, identity: str) -> dict[str, Any]:
+    return {
+        "type": "DiskTier",
+        "module_path": "kv.offload_disk",
+        "path": disk.path,
+        "budget_bytes": disk.bytes,
+        "identity": identity,
+    }
+
+
+def _vault(vault: Vault, identity: str) -> dict[str, Any]:
+    # Not its keys: vLLM logs its configuration.
+    return {
+        "type": "VaultTier",
+        "module_path": "workers.vault.tier",
+        "shards": vault.shards,
+        "ttl_s": vault.ttl_s,
+        "identity": identity,
+    }
 
 
 def _hub_commit(model: str, revision: Any) -> str | None:

@@ -258,4 +258,6 @@ def _hints(question: Question, prices: _Prices, best: int, spans: tuple[Span, ..
     curve = columns.loads[: PER_TOKEN2_S + 1, at]
     saved_s = curve[PER_TOKEN_S] * (end - start) + curve[PER_TOKEN2_S] * (end**2 - start**2)
     # By then computing would have been done: who waits no longer than that pays twice at most.
+    if columns.loads[UNNAMED, at]:  # a tier whose blocks have no names here may have more
+        return replace(UNHINTED, deadline_s=float(saved_s))
     return Hints(end, tuple(span.tier for span in fetches if span.tier), float(saved_s))

@@ -36,6 +36,7 @@ from vllm.v1.kv_offload.tiering.base import (
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+from vllm.v1.kv_offload.tiering.metrics import TieringMetricsTracker
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
@@ -44,15 +45,16 @@ from kv.offload import BatchedCopyWorker, TieredConnector, TieredSpec, Tiers
 from kv.offload_disk import TAG, DiskTier
 from kv.plan import Hints
 from kv.promoted import DEADLINE
-from workers.counters import LOADED, PROMOTED, SOURCES, TIER_METRICS
+from workers.counters import LOADED, METRICS_BY_TIER, PROMOTED, SOURCES, TIER_METRICS
 from workers.errors import EngineOptionError
 from workers.options import namespace
-from workers.tiers import NO_TIERS, TIERED_CONNECTOR, with_hints
+from workers.tiers import NO_TIERS, TIERED_CONNECTOR, VAULT_STORED_BYTES, with_hints
+from workers.vault.tier import VaultTier
 
 
 def test_our_classes_leave_nothing_abstract() -> None:
     """A new version that asks for another method is seen here, not at an engine's start."""
-    for kind in (TieredSpec, Tiers, DiskTier, BatchedCopyWorker):
+    for kind in (TieredSpec, Tiers, DiskTier, VaultTier, BatchedCopyWorker):
         assert not getattr(kind, "__abstractmethods__", frozenset())
 
 
@@ -60,21 +62,21 @@ def test_what_we_override_is_still_called_so() -> None:
     """A method that upstream renamed would silently be its own again."""
     of_the_manager = "lookup _initiate_promotion prepare_store complete_store"
     of_the_manager += " on_request_finished on_schedule_end has_pending_work reset_cache"
-    overridden = {
-        OffloadingConnector: (
-            TieredConnector,
-            [
-                "update_state_after_alloc",
-                "get_external_cache_hit_sources",
-                "get_num_new_matched_tokens",
-            ],
-        ),
-        TieringOffloadingSpec: (TieredSpec, ["get_manager", "get_worker"]),
-        TieringOffloadingManager: (Tiers, of_the_manager.split()),
-        SecondaryTierManager: (DiskTier, ["lookup", "submit_store", "submit_load"]),
-        OffloadingWorker: (BatchedCopyWorker, ["submit_store", "submit_load", "get_finished"]),
-    }
-    for theirs, (ours, names) in overridden.items():
+    of_a_tier = ["lookup", "submit_store", "submit_load"]
+    of_the_connector = [
+        "update_state_after_alloc",
+        "get_external_cache_hit_sources",
+        "get_num_new_matched_tokens",
+    ]
+    overridden = [
+        (OffloadingConnector, TieredConnector, of_the_connector),
+        (TieringOffloadingSpec, TieredSpec, ["get_manager", "get_worker"]),
+        (TieringOffloadingManager, Tiers, of_the_manager.split()),
+        (SecondaryTierManager, DiskTier, of_a_tier),
+        (SecondaryTierManager, VaultTier, [*of_a_tier, "get_stats", "drain_jobs"]),
+        (OffloadingWorker, BatchedCopyWorker, ["submit_store", "submit_load", "get_finished"]),
+    ]
+    for theirs, ours, names in overridden:
         for name in names:
             assert name in vars(ours)
             assert _parameters(getattr(ours, name)) == _parameters(getattr(theirs, name)), name
@@ -148,9 +150,10 @@ def test_jobs_and_results_have_the_fields_that_we_fill() -> None:
 
 
 def test_tiers_are_loaded_by_module_path() -> None:
-    """The spec and the disk tier by class name, with what else the configuration says."""
-    config = {"type": "DiskTier", "module_path": "kv.offload_disk"}
-    assert SecondaryTierFactory.get_tier_class(config) is DiskTier
+    """The spec and our tiers by class name, with what else the configuration says."""
+    for ours in (DiskTier, VaultTier):
+        config = {"type": ours.__name__, "module_path": ours.__module__}
+        assert SecondaryTierFactory.get_tier_class(config) is ours
     assert {"enqueue_load", "enqueue_store", "get_finished", "wait_idle"} <= set(
         vars(DualQueueThreadPool)
     )
@@ -165,8 +168,13 @@ def test_connectors_are_found_and_counted_by_name() -> None:
     assert "__class__.__name__" in source
     known = set(vars(metrics._TransferMetricName).values())
     known |= set(vars(TieringOffloadingMetrics).values())
-    assert {*TIER_METRICS, *LOADED, *PROMOTED} <= known
+    told = {*TIER_METRICS, *METRICS_BY_TIER, *LOADED, *PROMOTED}
+    assert told - {VAULT_STORED_BYTES} <= known
     assert set(SOURCES) <= set(CacheHitSource)
+    # A tier's label is its place and its type, which is its class where it is loaded by module.
+    assert 'f"{tier_idx + 1}:{self._tier_types[tier_idx]}"' in inspect.getsource(
+        TieringMetricsTracker.tier_label.__wrapped__
+    )
     assert metrics._StatsKey.DATA == "data"
 
 

@@ -13,12 +13,16 @@ from workers.tiers import (
     DiskTier,
     HostTier,
     Tiers,
+    Vault,
+    VaultDisk,
     model_identity,
+    shard_names,
     with_hints,
     with_tiers,
 )
 
 HOST, DISK = HostTier(bytes=1 << 20), DiskTier(path="/x", bytes=1 << 21)
+VAULT = Vault(shards=2, memory_bytes=1 << 22, disk=VaultDisk(path="/v", bytes=1 << 23), ttl_s=60.0)
 
 
 @pytest.mark.parametrize("role", list(Role))
@@ -58,6 +62,11 @@ def test_each_tier_is_optional() -> None:
     [disk] = only_disk["secondary_tiers"]  # type: ignore[misc]
     assert (disk["path"], disk["budget_bytes"]) == ("/x", 1 << 21)
     assert offloading(Tiers(host=HOST, disk=DISK))["cpu_bytes_to_use"] == 1 << 20
+    assert Tiers(vault=VAULT)
+    [vault] = offloading(Tiers(vault=VAULT))["secondary_tiers"]  # type: ignore[misc]
+    assert (vault["shards"], vault["ttl_s"], vault["identity"]) == (2, 60.0, "model")
+    both = offloading(Tiers(disk=DISK, vault=VAULT))["secondary_tiers"]
+    assert [tier["type"] for tier in both] == ["DiskTier", "VaultTier"]  # type: ignore[attr-defined]
 
 
 def test_a_request_with_a_handoff_leaves_the_tiers_alone() -> None:
@@ -96,6 +105,9 @@ def test_a_plan_s_hints_are_in_vllms_words() -> None:
         {"disk": {"bytes": 5}},
         {"disk": {"path": "", "bytes": 5}},
         {"vault": {}},
+        {"vault": {"memory_bytes": 5, "shards": 0}},
+        {"vault": {"memory_bytes": 5, "ttl_s": 0}},
+        {"vault": {"memory_bytes": 5, "disk": {"path": "/x"}}},
         {"host": {"bytes": 5, "gib": 1}},
     ],
 )
@@ -103,6 +115,19 @@ def test_what_is_not_a_tier_is_refused(wrong: dict[str, object]) -> None:
     """Unknown keys, missing ones, and sizes that hold nothing."""
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(wrong, Tiers)
+
+
+def test_a_vault_takes_no_lossy_codec() -> None:
+    """Lossy blocks under lossless names would be wrong tokens; the error says what is missing."""
+    assert msgspec.convert({"memory_bytes": 5, "codec": "raw"}, Vault).codec == "raw"
+    with pytest.raises(msgspec.ValidationError, match=r"codec int8: .* namespace of its own"):
+        msgspec.convert({"memory_bytes": 5, "codec": "int8"}, Vault)
+
+
+def test_shards_are_named_by_number() -> None:
+    """Blocks are placed by these names: more shards must not rename those that there were."""
+    assert shard_names(3) == ("vault-0", "vault-1", "vault-2")
+    assert shard_names(2) == shard_names(3)[:2]
 
 
 def test_a_hubs_model_is_known_by_the_commit_that_is_loaded(
