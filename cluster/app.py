@@ -13,7 +13,11 @@ from router.settings import IngressSettings
 from workers.curve import server_keys
 from workers.messages import Role
 from workers.replica import ReplicaSettings
-from workers.tiers import Tiers
+from workers.tiers import Tiers, VaultDisk
+from workers.vault.disk import DiskExtent
+from workers.vault.keys import client_keys, shard_keys
+from workers.vault.pages import FORMAT
+from workers.vault.process import ShardSettings
 
 # Serve asks this often whether a replica is well, and this long waits for the answer: a CPU
 # engine that computes a long chunk may be slow to give it.
@@ -23,6 +27,8 @@ _HEALTH_TIMEOUT_S = 30.0
 _ENGINE_STOP_S = 15.0
 # A replica that could not start twice will not start.
 _START_TRIES = 2
+# Of a vault's files on disk.
+_SEGMENT_BYTES = 64 << 20
 
 
 def build(
@@ -32,7 +38,7 @@ def build(
     secret: bytes,
     restarts: Mapping[str, int],
 ) -> Application:
-    """The Serve application: ingress, catalogue, prefill pool and decode pool.
+    """The Serve application: ingress, catalogue, prefill pool, decode pool, and the vault.
 
     Deployed again, Serve replaces the replicas of those pools whose count in `restarts` grew.
     """
@@ -40,7 +46,8 @@ def build(
         _engines(config, Role.PREFILL, config.prefill, model, scratch, secret, restarts),
         _engines(config, Role.DECODE, config.decode, model, scratch, secret, restarts),
     ]
-    others = [_catalogue(config, secret), *(pool for pool in pools if pool is not None)]
+    behind = [*pools, _vault(config, secret)]
+    others = [_catalogue(config, secret), *(each for each in behind if each is not None)]
     return _ingress(config, model, secret, others)
 
 
@@ -78,6 +85,7 @@ def _engines(
         drain_s=config.ingress.drain_s,
         probe_s=config.router.probe_s,
         tiers=_placed(config.tiers),
+        vault_keys=None if config.tiers.vault is None else client_keys(secret),
     )
     deployment = serve.deployment(
         EngineReplica,
@@ -171,12 +179,50 @@ def _catalogue(config: Config, secret: bytes) -> Application:
     return _versioned(deployment, 0).bind(APP, config.host, secret)
 
 
+def _vault(config: Config, secret: bytes) -> Application | None:
+    section = config.tiers.vault
+    if section is None:
+        return None
+    from cluster.deployment import VaultReplica
+
+    settings = ShardSettings(
+        host=config.host,
+        keys=shard_keys(secret),
+        fingerprint=FORMAT,
+        memory_bytes=section.memory_bytes,
+        other_tenant_bytes=section.tenant_bytes,
+        disk=None if section.disk is None else _extent(section.disk),
+    )
+    deployment = serve.deployment(
+        VaultReplica,
+        name="vault",
+        num_replicas=section.shards,
+        ray_actor_options={"num_cpus": section.cpus},
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=_START_TRIES,
+    )
+    return _versioned(deployment, 0).bind(APP, settings)
+
+
+def _extent(disk: VaultDisk) -> DiskExtent:
+    # Two segments of the budget are no room for blocks: a small extent has small ones.
+    segment_bytes = min(_SEGMENT_BYTES, disk.bytes // 16)
+    return DiskExtent(path=_absolute(disk.path), bytes=disk.bytes, segment_bytes=segment_bytes)
+
+
 def _placed(tiers: Tiers) -> Tiers:
     """With a path that does not depend on where a replica runs."""
     if tiers.disk is None:
         return tiers
-    path = str(Path(tiers.disk.path).expanduser().resolve())
-    return msgspec.structs.replace(tiers, disk=msgspec.structs.replace(tiers.disk, path=path))
+    disk = msgspec.structs.replace(tiers.disk, path=_absolute(tiers.disk.path))
+    return msgspec.structs.replace(tiers, disk=disk)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def _resolved(path: str | None) -> str | None:

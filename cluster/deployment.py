@@ -1,13 +1,17 @@
-"""The ingress and the catalogue under Ray Serve, which places, watches and restarts them."""
+"""The ingress, the catalogue and the vault under Ray Serve, which places, watches and restarts
+them."""
 
 import asyncio
 import contextlib
+import os
 import uuid
 from functools import partial
 from typing import Any
 
 from ray import serve
 
+from kv.codecs.codec import CodecName
+from kv.errors import VaultError
 from router.catalogue.client import CatalogueLine
 from router.catalogue.node import CatalogueNode
 from router.catalogue.server import CatalogueServer
@@ -15,11 +19,14 @@ from router.catalogue.wire import Seat, SeatRecord, seat_prefix
 from router.pauses import freeze_start
 from router.serve_adapter import GcsDirectory, GcsOrders
 from router.settings import IngressSettings
+from router.vault import VaultView
 from workers import announce, logs, serve_port
 from workers.channel import ChannelLink
 from workers.curve import client_keys, server_keys
 from workers.errors import WorkerError
-from workers.messages import Inbox, Link, Replica
+from workers.messages import Inbox, Link, Replica, Shard, ShardRecord, shard_prefix
+from workers.tiers import shard_names
+from workers.vault.process import ShardProcess, ShardSettings
 
 
 class IngressReplica:
@@ -48,7 +55,8 @@ class IngressReplica:
         keys = client_keys(settings.secret)
         link = partial(ChannelLink, keys=keys)
         line = CatalogueLine(directory, name, settings.replica_host, keys, now)
-        ingress = Ingress(name, settings, directory, orders, link, line, args, config)
+        vault = VaultView(directory)
+        ingress = Ingress(name, settings, directory, vault, orders, link, line, args, config)
         self._ingress = ingress
         self._task = asyncio.create_task(ingress.serve())
 
@@ -103,6 +111,50 @@ class CatalogueReplica:
 
     async def __del__(self) -> None:
         """Serve's graceful stop; ingresses turn to another catalogue, or plan without hits."""
+        if not hasattr(self, "_tasks"):  # the constructor failed
+            return
+        for task in self._tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class VaultReplica:
+    """The class of the vault deployment: one shard."""
+
+    # Serve awaits it.
+    async def __init__(self, cluster: str, settings: ShardSettings) -> None:  # type: ignore[misc]
+        serve_port.bind_to(settings.host)
+        # A shard that takes a dead one's place takes its name, and with it its blocks on disk.
+        rank = serve.get_replica_context().rank.rank
+        name = shard_names(rank + 1)[rank]
+        logs.configure(name)
+        try:
+            self._process = process = ShardProcess(name, settings)
+        except VaultError as error:
+            logs.fatal(str(error))
+            raise RuntimeError(str(error)) from None
+        shard = Shard(name, uuid.uuid4().hex, process.address, settings.host, os.getpid())
+
+        def record(beat: int) -> ShardRecord:
+            held = process.stats()
+            # All of it, since there is no other codec yet.
+            return ShardRecord(shard, beat, held.blocks, {CodecName.RAW: held.stored_bytes})
+
+        key = shard_prefix(cluster) + name
+        self._tasks = [
+            asyncio.create_task(process.serve()),
+            asyncio.create_task(announce.keep(key, record)),
+        ]
+
+    async def check_health(self) -> None:
+        """Serve's probe; raises once it answers nobody any more."""
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"the shard ended: {task.exception()!r}")
+
+    async def __del__(self) -> None:
+        """Serve's graceful stop; what was acknowledged is on disk, where there is one."""
         if not hasattr(self, "_tasks"):  # the constructor failed
             return
         for task in self._tasks:

@@ -121,4 +121,6 @@ def _cpus(config: Config) -> int:
     pools = (config.prefill, config.decode, config.ingress, config.catalogue)
     wanted = sum(pool.replicas * pool.cpus for pool in pools)
     wanted += sum(pool.cpus for pool in (config.prefill, config.decode) if pool.surge)
+    if config.tiers.vault is not None:
+        wanted += config.tiers.vault.shards * config.tiers.vault.cpus
     return max(os.cpu_count() or 1, int(wanted + 0.999) + 1)

@@ -120,6 +120,9 @@ def _print(report: dict[str, Any]) -> None:
     console.print(_replicas(report["replicas"]))
     catalogue = report["catalogue"]
     console.print(f"catalogue: {catalogue['state']}, {catalogue['blocks']} blocks")
+    for shard in report["vault"]:
+        size = f"{shard['blocks']} blocks, {shard['stored_bytes'] / 1e6:.0f} MB"
+        console.print(f"{_name(shard)}: pid {shard['pid']}, {size}")
     if report["curves"]["links"]:
         console.print(_links(report))
 

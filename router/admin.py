@@ -22,6 +22,7 @@ from router.orders import Change
 from router.policy_admin import EXAMPLE, PolicyAdmin
 from router.report import catalogue_row, curves_of, decision_row, forgotten_report, replica_row
 from router.salt import Salter
+from router.vault import VaultView
 
 Answer = Callable[[Request], Awaitable[Response]]
 
@@ -41,6 +42,7 @@ def admin_app(
     keys: KeyRing | None,
     policies: PolicyAdmin,
     salter: Salter,
+    vault: VaultView,
 ) -> Starlette:
     """The small app in front of vLLM's; with `keys`, /admin needs an admin key."""
 
@@ -56,7 +58,8 @@ def admin_app(
 
     async def replicas(_: Request) -> Response:
         rows = [replica_row(fleet, member) for member in fleet.members()]
-        return JSONResponse({"replicas": rows, "catalogue": catalogue_row(fleet.line)})
+        catalogue = catalogue_row(fleet.line)
+        return JSONResponse({"replicas": rows, "catalogue": catalogue, "vault": vault.rows()})
 
     async def decisions(_: Request) -> Response:
         return JSONResponse({"decisions": [decision_row(record) for record in audit.records]})

@@ -36,6 +36,7 @@ from router.roster import Directory
 from router.salt import Salter
 from router.settings import IngressSettings
 from router.shadow import Shadow
+from router.vault import VaultView
 from workers.messages import Inbox, Link, Replica, Role
 
 logger = logging.getLogger(__name__)
@@ -58,13 +59,14 @@ class Ingress:
         name: str,
         settings: IngressSettings,
         directory: Directory,
+        vault: VaultView,
         orders: Orders,
         connect: Connect,
         line: CatalogueLine,
         args: Namespace,
         config: VllmConfig,
     ) -> None:
-        self._settings, self._args, self._line = settings, args, line
+        self._settings, self._args, self._line, self._vault = settings, args, line, vault
         now = asyncio.get_running_loop().time
         self._keys = KeyRing(Path(settings.keys_file), now) if settings.keys_file else None
 
@@ -76,6 +78,7 @@ class Ingress:
         )
         registry = CollectorRegistry()
         registry.register(FleetMetrics(self.fleet))
+        registry.register(vault)
         self._in_force, shadow = InForce(Order(settings.policy, settings.shadow), orders), Shadow()
         registry.register(PolicyMetrics(self._in_force.order, shadow))
         audit = Audit(now, RequestMetrics(registry))
@@ -86,7 +89,7 @@ class Ingress:
         salter = Salter(settings.secret, separate=self._keys is not None)
         self._client = ClusterClient(config, pipeline, salter)
         policies = PolicyAdmin(self._in_force, shadow)
-        self._admin = admin_app(self.fleet, audit, registry, self._keys, policies, salter)
+        self._admin = admin_app(self.fleet, audit, registry, self._keys, policies, salter, vault)
 
     async def check_health(self) -> None:
         """Raise once requests would no longer be answered."""
@@ -129,6 +132,7 @@ class Ingress:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.fleet.watch())
             tasks.create_task(self._line.watch())
+            tasks.create_task(self._vault.watch())
 
     async def _app(self) -> App:
         vllm_app = build_app(self._args, ("generate",), self._client.model_config)

@@ -1,5 +1,5 @@
-"""What ingresses share in the key-value store of Ray's GCS: the directory of replicas and
-catalogues, and the operator's last order."""
+"""What ingresses share in the key-value store of Ray's GCS: the directory of replicas, catalogues
+and vault shards, and the operator's last order."""
 
 import asyncio
 import hashlib
@@ -17,7 +17,9 @@ from workers.messages import (
     RENEW_S,
     Announcement,
     Replica,
+    ShardRecord,
     directory_prefix,
+    shard_prefix,
 )
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -42,6 +44,11 @@ class GcsDirectory:
         """Every catalogue whose record is being renewed."""
         records = await self._records(seat_prefix(self._cluster), SeatRecord)
         return [r.seat for r in records if self._is_fresh(r.seat.epoch, r.beat)]
+
+    async def shards(self) -> Sequence[ShardRecord]:
+        """Every shard of the vault whose record is being renewed."""
+        records = await self._records(shard_prefix(self._cluster), ShardRecord)
+        return [r for r in records if self._is_fresh(r.shard.epoch, r.beat)]
 
     async def _records(self, prefix: str, kind: type[T]) -> list[T]:
         values = await _answered(_read, prefix)

@@ -8,7 +8,7 @@ does not renew is void: readers see `beat` stand still, so clocks need not agree
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 from ray.exceptions import RayError
@@ -19,7 +19,9 @@ from workers.messages import (
     RENEW_S,
     Announcement,
     Replica,
+    ShardRecord,
     directory_prefix,
+    shard_prefix,
 )
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,27 @@ async def keep_announced(cluster: str, replica: Replica) -> None:
     # By epoch: two engines may carry one name while one of them is stopping.
     key = directory_prefix(cluster) + replica.epoch
     await keep(key, lambda beat: Announcement(replica, beat))
+
+
+async def watch_shards(cluster: str, seat: Callable[[Mapping[str, str]], None]) -> None:
+    """Until cancelled, tell `seat` on this event loop where the vault's shards are: addresses by
+    name. An address that is out of date only does not answer."""
+    while True:
+        try:
+            seat(await asyncio.to_thread(_shards, shard_prefix(cluster)))
+        except (RuntimeError, RayError) as error:  # GCS restarts: what was known goes on
+            logger.warning("vault shards not looked up: %s", error)
+        await asyncio.sleep(RENEW_S)
+
+
+def _shards(prefix: str) -> dict[str, str]:
+    found = {}
+    for key in internal_kv._internal_kv_list(prefix, namespace=DIRECTORY_NAMESPACE):
+        value = internal_kv._internal_kv_get(key, namespace=DIRECTORY_NAMESPACE)
+        with contextlib.suppress(msgspec.MsgspecError):
+            shard = msgspec.json.decode(value or b"", type=ShardRecord).shard
+            found[shard.name] = shard.address
+    return found
 
 
 async def keep(key: str, record: Callable[[int], msgspec.Struct]) -> None:

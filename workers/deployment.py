@@ -6,7 +6,7 @@ import contextlib
 from ray import serve
 
 from workers import logs, serve_port
-from workers.announce import keep_announced
+from workers.announce import keep_announced, watch_shards
 from workers.errors import WorkerError
 from workers.replica import ReplicaProcess, ReplicaSettings
 
@@ -29,6 +29,9 @@ class EngineReplica:
             asyncio.create_task(self._process.serve()),
             asyncio.create_task(keep_announced(cluster, self._process.replica)),
         ]
+        if settings.tiers.vault is not None:
+            watching = watch_shards(cluster, self._process.seat_vault)
+            self._tasks.append(asyncio.create_task(watching))
 
     async def check_health(self) -> None:
         """Serve's probe; raises once the engine or the channel has ended."""

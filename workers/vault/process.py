@@ -6,6 +6,7 @@ import msgspec
 
 from kv.errors import VaultError
 from kv.eviction import Lru, Policy, ValueDensity
+from kv.vault import wire
 from kv.vault.orders import Quotas
 from kv.vault.shard import Shard, Terms
 from workers import connector, curve
@@ -58,6 +59,7 @@ class ShardProcess:
             self.restored_blocks = shard.restore(store.notes(), time.time(), time.monotonic())
             self._disk = Disk(store)
             self._disk.delete(shard.deleted())
+        self._shard = shard
         self._server = ShardServer(
             settings.host,
             settings.keys,
@@ -68,6 +70,10 @@ class ShardProcess:
             self._disk,
         )
         self.address = self._server.address
+
+    def stats(self) -> wire.Stats:
+        """What it holds now; on the event loop that serves."""
+        return self._shard.stats(0)
 
     async def serve(self) -> None:
         """Until cancelled."""

@@ -23,6 +23,7 @@ from router.policy import Policy
 from router.policy_admin import EXAMPLE, PolicyAdmin
 from router.salt import Salter
 from router.shadow import Shadow
+from router.vault import VaultView
 
 pytestmark = pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
 
@@ -217,9 +218,8 @@ async def test_with_keys_only_the_admin_key_orders(store: Store, tmp_path: Path)
     admin = PolicyAdmin(InForce(CONFIGURED, store), Shadow())
     ring = KeyRing(path, asyncio.get_running_loop().time)
     # The replicas and decisions of an ingress are not asked for here.
-    app = admin_app(
-        cast(Fleet, None), cast(Audit, None), CollectorRegistry(), ring, admin, Salter(b"s", True)
-    )
+    fleet, audit, vault = cast(Fleet, None), cast(Audit, None), cast(VaultView, None)
+    app = admin_app(fleet, audit, CollectorRegistry(), ring, admin, Salter(b"s", True), vault)
     base = "https://cluster.example.com"
     order = {"policy": "least_loaded"}
     transport = httpx.ASGITransport(app)
