@@ -214,15 +214,18 @@ def _extent(disk: VaultDisk) -> DiskExtent:
 
 
 def _placed(tiers: Tiers) -> Tiers:
-    """With a path that does not depend on where a replica runs."""
-    if tiers.disk is None:
+    """With paths that do not depend on where a replica runs. Symlinks stay: a replica refuses
+    them."""
+    disk = tiers.disk
+    if disk is None:
         return tiers
-    disk = msgspec.structs.replace(tiers.disk, path=_absolute(tiers.disk.path))
+    path, key = (None if each is None else _absolute(each) for each in (disk.path, disk.key_file))
+    disk = msgspec.structs.replace(disk, path=path, key_file=key)
     return msgspec.structs.replace(tiers, disk=disk)
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    return str(Path(path).expanduser().absolute())
 
 
 def _resolved(path: str | None) -> str | None:

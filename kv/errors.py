@@ -6,9 +6,11 @@ KVError
 ├── CodecError      a page or frame that a codec refuses
 ├── CurveError      samples or coefficients that give no cost curve
 ├── DiskError       a disk tier that cannot be used
-│   └── DamagedBlockError  a stored block whose bytes are not what was stored
+│   ├── DamagedBlockError  a stored block whose bytes are not what was stored
+│   └── LostSlotError      a slot whose folder was taken away
 ├── PlanError       spans that do not cover a prompt, or a plan that cannot be shown
 ├── SizeError       a KV shape, or a model's config, without a size
+├── TierError       a model whose blocks tiers cannot keep
 └── VaultError      a vault that cannot be built, or an order it does not know
     ├── SegmentError  a folder of segments that cannot be used
     │   └── SegmentFullError  no room on the disk or in its budget
@@ -55,12 +57,20 @@ class DamagedBlockError(DiskError):
     """A stored block's bytes are not what was stored."""
 
 
+class LostSlotError(DiskError):
+    """A slot's folder was taken away while it was held."""
+
+
 class PlanError(KVError):
     """A plan contradicts itself or cannot be shown in a header."""
 
 
 class SizeError(KVError):
     """A KV shape has no size, or a model's config does not tell it."""
+
+
+class TierError(KVError):
+    """Tiers behind a model whose blocks cannot come back from them."""
 
 
 class VaultError(KVError):

@@ -6,16 +6,16 @@ vLLM's own; so are the workers on GPUs. Ours are: a copy worker for CPU engines 
 none), a disk tier with a budget and checksums, and a manager that ends what the stock one may
 repeat for ever, and that can erase a tenant.
 
-With `kv.offload_disk` the only module of `kv` that imports vLLM. tests/flow/test_tiers_contract.py
-holds the parts of it that we lean on to the pinned version.
+With its siblings `kv.offload_*` the only module of `kv` that imports vLLM.
+tests/flow/test_tiers_contract.py holds the parts of it that we lean on to the pinned version.
 """
 
+import math
 import os
-import queue
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
@@ -24,7 +24,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
-    GPULoadStoreSpec,
+    LoadStoreSpec,
     Locality,
     LookupResult,
     Medium,
@@ -34,7 +34,6 @@ from vllm.v1.kv_offload.base import (
     PrepareStoreOutput,
     ReqContext,
     ScheduleEndContext,
-    TransferResult,
     get_offload_block_hash,
     get_offload_group_idx,
 )
@@ -53,8 +52,10 @@ from vllm.v1.request import Request
 
 from kv.catalogue import Tier
 from kv.errors import DiskError
+from kv.offload_copy import BatchedCopyWorker
 from kv.offload_disk import DiskTier, tag_of
-from kv.pages import Plane, copy_pages, planes
+from kv.offload_kinds import refuse
+from kv.offload_rows import CleanRows, overwrite
 from kv.promoted import DEADLINE, Promoted
 
 logger = init_logger(__name__)
@@ -65,6 +66,10 @@ _NAMES = {
     (Medium.STORAGE, Locality.LOCAL): Tier.DISK,
     (Medium.STORAGE, Locality.REMOTE): Tier.VAULT,
 }
+# How long a request waits where neither its plan nor the configuration says (`load_timeout_s`).
+LOAD_TIMEOUT_S = 5.0
+# One complaint about late loads in so many seconds.
+_COMPLAIN_EVERY_S = 60.0
 
 
 class TieredConnector(OffloadingConnector):
@@ -76,8 +81,10 @@ class TieredConnector(OffloadingConnector):
     if NIXL writes into it, which would leave the new owner's KV under the old one's name.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        """Raises `TierError` for a model that tiers are refused for."""
+        refuse(vllm_config, kv_cache_config)
+        super().__init__(vllm_config, role, kv_cache_config)
         # By request, until who reports them takes them; those that end unreported go with time.
         self.loaded: OrderedDict[str, dict[CacheHitSource, int]] = OrderedDict()
 
@@ -141,7 +148,8 @@ class TieredSpec(TieringOffloadingSpec):
             # goes with its last process, however that ends.
             if not region._creator:
                 os.unlink(region.mmap_path)
-            primary = CPUPrimaryTierOffloadingManager(
+            kind = CleanRows if len(self.config.groups) > 1 else CPUPrimaryTierOffloadingManager
+            primary = kind(
                 num_chunks=self.num_chunks,
                 mmap_region=region,
                 cache_policy=self.eviction_policy,
@@ -150,7 +158,8 @@ class TieredSpec(TieringOffloadingSpec):
             view = primary.get_kv_memoryview()
             create = SecondaryTierFactory.create_secondary_tier
             tiers = [create(config, view, self) for config in self.secondary_tier_configs]
-            self._manager = Tiers(primary, tiers)
+            timeout_s = self.extra_config.get("load_timeout_s", LOAD_TIMEOUT_S)
+            self._manager = Tiers(primary, tiers, timeout_s)
         manager: Tiers = self._manager
         return manager
 
@@ -178,83 +187,6 @@ class TieredSpec(TieringOffloadingSpec):
         )
 
 
-# ------------------------------------------------------------------ pages between engine and host
-
-
-class BatchedCopyWorker(OffloadingWorker):
-    """Copies pages of a CPU engine from and to the host tier, on one thread.
-
-    A job is one call into torch (`kv.pages`), which releases the GIL.
-    """
-
-    def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion) -> None:
-        self._region = region
-        tensors = [(t.tensor, t.page_size_bytes) for t in kv_caches.tensors]
-        hosts = [region.create_next_worker_view(page_bytes) for _, page_bytes in tensors]
-        self._groups: list[list[Plane]] = []
-        for refs in kv_caches.group_data_refs:
-            used = sorted({ref.tensor_idx for ref in refs})
-            devices = [tensors[index][0] for index in used]
-            self._groups.append(planes(devices, [hosts[index] for index in used]))
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
-        self._jobs: dict[int, Future[None]] = {}
-        self._finished: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
-
-    def submit_store(
-        self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: CPULoadStoreSpec
-    ) -> bool:
-        return self._submit(job_id, src_spec, dst_spec, store=True)
-
-    def submit_load(
-        self, job_id: int, src_spec: CPULoadStoreSpec, dst_spec: GPULoadStoreSpec
-    ) -> bool:
-        return self._submit(job_id, dst_spec, src_spec, store=False)
-
-    def _submit(
-        self, job_id: int, device: GPULoadStoreSpec, host: CPULoadStoreSpec, store: bool
-    ) -> bool:
-        self._jobs[job_id] = self._pool.submit(self._run, job_id, device, host, store)
-        return True
-
-    def _run(
-        self, job_id: int, device: GPULoadStoreSpec, host: CPULoadStoreSpec, store: bool
-    ) -> None:
-        began = time.perf_counter()
-        copied: int | None = None
-        try:
-            copied = self._copy(device, host.chunk_ids.tolist(), store)
-        except Exception:  # the thread's edge: the engine ends by a job that failed
-            logger.exception("a copy between device and host failed")
-        seconds = time.perf_counter() - began
-        self._finished.put(TransferResult(job_id, copied is not None, copied, seconds))
-
-    def _copy(self, device: GPULoadStoreSpec, chunks: list[int], store: bool) -> int:
-        """Bytes copied. Blocks and chunks come group by group, in the same order."""
-        parts, at = [], 0
-        for group, size in zip(self._groups, device.group_sizes, strict=True):
-            blocks = device.block_ids[at : at + size].tolist()
-            parts += [(plane, blocks, chunks[at : at + size]) for plane in group]
-            at += size
-        return copy_pages(parts, to_host=store)
-
-    def get_finished(self) -> list[TransferResult]:
-        finished = []
-        while not self._finished.empty():
-            finished.append(self._finished.get())
-            self._jobs.pop(finished[-1].job_id, None)
-        return finished
-
-    def wait(self, job_ids: set[int]) -> None:
-        for job_id in job_ids:
-            if (job := self._jobs.get(job_id)) is not None:
-                job.result()
-
-    def shutdown(self) -> None:
-        self._pool.shutdown(wait=True)
-        self._groups.clear()
-        self._region.cleanup()
-
-
 # ------------------------------------------------------------------ host, and what lies behind it
 
 
@@ -264,7 +196,7 @@ class Erasing(Protocol):
 
     def erase(self, tags: Collection[str]) -> int:
         """Remove every block with one of these tags, and store none that waits to be; how many
-        are gone now. Raises `DiskError` if files are left."""
+        are gone now.."""
         ...
 
 
@@ -273,13 +205,20 @@ class Tiers(TieringOffloadingManager):
 
     Stock, a prefix longer than the host tier is fetched for ever: each block fetched displaces
     one that the request still needs. Here a request has a block fetched once, and half of the
-    host tier at most; what does not fit is a miss.
+    host tier at most; what does not fit is a miss. So is what has not come `load_timeout_s` after
+    the request began to wait, or after its own `DEADLINE`.
     """
 
     def __init__(
-        self, primary: CPUPrimaryTierOffloadingManager, tiers: list[SecondaryTierManager]
+        self,
+        primary: CPUPrimaryTierOffloadingManager,
+        tiers: list[SecondaryTierManager],
+        load_timeout_s: float = LOAD_TIMEOUT_S,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(primary, tiers)
+        self._load_timeout_s, self._now = load_timeout_s, now
+        self._complained_at = -math.inf
         self._most_promoted = max(1, primary._num_chunks // 2)
         self._tags: dict[OffloadKey, str] = {}
         self._doomed: set[OffloadKey] = set()
@@ -290,19 +229,28 @@ class Tiers(TieringOffloadingManager):
     ) -> LookupResult:
         if key in self._doomed:
             return LookupResult.MISS
-        result = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
-        if result is LookupResult.HIT or result is LookupResult.MISS:
-            return result
-        return LookupResult.MISS if self._overran(req_context) else result
+        found = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        waits = found is LookupResult.HIT_PENDING or found is LookupResult.RETRY
+        return LookupResult.MISS if waits and self._is_late(req_context) else found
 
-    def _overran(self, req_context: ReqContext) -> bool:
-        """Whether a request has waited as long as its plan lets it; the rest is computed then."""
-        deadline_s = (req_context.kv_transfer_params or {}).get(DEADLINE)
-        return _promoted(req_context).overran(deadline_s, time.monotonic())
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
+        _promoted(req_context).waits_since_s = None  # preempted, it may have to wait again
+        return super().prepare_load(keys, req_context)
+
+    def _is_late(self, req_context: ReqContext) -> bool:
+        """Whether a request has waited for tiers as long as it may; the rest is computed then."""
+        promoted, now = _promoted(req_context), self._now()
+        deadline_s = (req_context.kv_transfer_params or {}).get(DEADLINE, self._load_timeout_s)
+        was_late = promoted.late
+        late = promoted.overran(deadline_s, now)
+        if late and not was_late and now - self._complained_at >= _COMPLAIN_EVERY_S:
+            self._complained_at = now
+            logger.warning("tiers: a load took over %g s; its tokens are computed", deadline_s)
+        return late
 
     def _initiate_promotion(self, tier_idx: int, key: OffloadKey, req_context: ReqContext) -> bool:
         promoted = _promoted(req_context)
-        if key in promoted.keys or len(promoted.keys) >= self._most_promoted:
+        if promoted.late or key in promoted.keys or len(promoted.keys) >= self._most_promoted:
             return False
         started: bool = super()._initiate_promotion(tier_idx, key, req_context)
         if started:
@@ -365,8 +313,8 @@ class Tiers(TieringOffloadingManager):
 
     def erase(self, tags: Collection[str]) -> int:
         """Remove every block with one of these tags, overwriting it in host memory; returns how
-        many. Blocks that are being copied go once they have been, and are a miss until then.
-        Raises `DiskError` if files are left."""
+        many. Blocks that are being copied go once they have been, and are a miss until then; files
+        are `purge`'s."""
         # A request that has ended is stored with the next step, which comes after this.
         for request_id, state in self._req_state.items():
             if not state.is_finished and tag_of(state.req_context) in tags:
@@ -374,24 +322,25 @@ class Tiers(TieringOffloadingManager):
         keys = [key for key, tag in self._tags.items() if tag in tags]
         held = [key for key in keys if self.primary_tier._policy.get(key) is not None]
         self._doomed.update(key for key in held if not self._remove(key))
-        return len(held) + self._erase_behind(tags)
+        erasing = (tier for tier in self.secondary_tiers if isinstance(tier, Erasing))
+        return len(held) + sum(tier.erase(tags) for tier in erasing)
 
-    def _erase_behind(self, tags: Collection[str]) -> int:
-        erased, failure = 0, None
-        for tier in self.secondary_tiers:
-            try:
-                erased += tier.erase(tags) if isinstance(tier, Erasing) else 0
-            except DiskError as error:  # the other tiers erase all the same
-                failure = error
-        if failure is not None:
-            raise failure
-        return erased
+    def purge(self, tags: Collection[str]) -> Future[None]:
+        """Unlink the files of tags that were erased; the result comes when they are gone, or is
+        `DiskError` if some are left."""
+        for disk in self._disks():  # one at most
+            return disk.purge(tags)
+        gone: Future[None] = Future()
+        gone.set_result(None)
+        return gone
 
     def clear(self) -> None:
         """Remove every block of this replica; `reset_cache` keeps what is on disk."""
-        for tier in self.secondary_tiers:
-            if isinstance(tier, DiskTier):
-                tier.store.clear()
+        for disk in self._disks():
+            disk.clear()
+
+    def _disks(self) -> Iterator[DiskTier]:
+        return (tier for tier in self.secondary_tiers if isinstance(tier, DiskTier))
 
     def _tag(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
         tag = tag_of(req_context)
@@ -410,8 +359,7 @@ class Tiers(TieringOffloadingManager):
             primary._policy.remove(key)
             primary._num_evictable_cache_chunks -= 1
             primary._free_chunk(chunk)
-            row = primary.get_kv_memoryview()[chunk.chunk_id : chunk.chunk_id + 1].cast("B")
-            row[:] = bytes(len(row))
+            overwrite(primary, [chunk.chunk_id])
             if primary.events is not None:
                 primary.events.append(OffloadingEvent([key], Medium.CPU, removed=True))
         self._tags.pop(key, None)

@@ -7,7 +7,8 @@ writes what others may read; of it, the thread pool is used here.
 import os
 import platform
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,12 +25,14 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
     RequestOffloadingContext,
 )
+from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector, DropStorePolicy
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from kv.disk import DiskStore, file_bytes
-from kv.errors import DamagedBlockError, DiskError
+from kv.disk_seal import Checked, Encrypted, read_key
+from kv.errors import DamagedBlockError, DiskError, LostSlotError
 from kv.fingerprint import fingerprint
 from kv.salt import UNTAGGED
 
@@ -39,6 +42,35 @@ logger = init_logger(__name__)
 TAG = "tag"
 # One complaint a tier and so many seconds: a full disk fails every store.
 _COMPLAIN_EVERY_S = 60.0
+
+
+class StoreQueue(BackpressureDetector):
+    """Blocks of the host tier that wait to be stored: each is kept from being evicted meanwhile.
+
+    vLLM's own detector goes by how long finished stores took, and hears nothing of a disk that
+    hangs. Here what would be more than `most_blocks` is not stored, unless nothing else waits.
+    """
+
+    def __init__(self, most_blocks: int, dropped: Callable[[int], None]) -> None:
+        super().__init__(DropStorePolicy())
+        self._most_blocks, self._dropped = most_blocks, dropped
+        self.blocks = 0
+
+    def is_under_pressure(self) -> bool:
+        return self.blocks >= self._most_blocks
+
+    def should_store(self, num_blocks: int) -> bool:
+        if self.blocks and self.blocks + num_blocks > self._most_blocks:
+            self.policy.on_store_skipped(num_blocks)
+            self._dropped(num_blocks)
+            return False
+        return True
+
+    def on_store_completed(self, elapsed_s: float, num_bytes: int) -> None:
+        """How long a store took does not matter."""
+
+    def reset(self) -> None:
+        self.policy.reset()
 
 
 class DiskTier(SecondaryTierManager):
@@ -58,16 +90,29 @@ class DiskTier(SecondaryTierManager):
         path: str,
         budget_bytes: int,
         identity: str,
+        key_file: str | None = None,
         backpressure_detector: Any = None,
     ) -> None:
-        """`identity` says all of the model and its options that the spec does not know."""
-        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        """`identity` says all of the model and its options that the spec does not know; with a
+        `key_file` (`kv.disk_seal`) blocks are encrypted, and found under that key alone."""
+        # Promotions may take the other half of the host tier.
+        queue = StoreQueue(max(1, len(primary_kv_view) // 2), self._not_queued)
+        super().__init__(offloading_spec, primary_kv_view, tier_type, queue)
+        self._queue = queue
         self.locality = Locality.LOCAL
-        if file_bytes(self._block_size_bytes) > budget_bytes:
-            numbers = f"{budget_bytes} bytes hold no block of {file_bytes(self._block_size_bytes)}"
+        seal = Checked() if key_file is None else Encrypted(read_key(Path(key_file)))
+        wanted = file_bytes(self._block_size_bytes, seal.overhead_bytes)
+        if wanted > budget_bytes:
+            numbers = f"{budget_bytes} bytes hold no block of {wanted}"
             raise DiskError("tiers.disk", numbers, "raise tiers.disk.bytes")
-        self.store = DiskStore(Path(path), layout_of(offloading_spec, identity), budget_bytes)
+        layout = layout_of(offloading_spec, identity)
+        if isinstance(seal, Encrypted):
+            layout = fingerprint({"layout": layout, "key": seal.key_id})
+        self.store = DiskStore(Path(path), layout, budget_bytes, seal)
         self._pool = DualQueueThreadPool(1, 1, thread_name_prefix="kv-disk")
+        # Not behind stores that a slow disk keeps waiting.
+        self._eraser = ThreadPoolExecutor(1, thread_name_prefix="kv-erase")
+        self._lost = False
         self._jobs: dict[int, TransferJob] = {}
         self._done: dict[int, list[OffloadKey]] = {}
         self._void: set[int] = set()  # jobs that are to store nothing more
@@ -89,6 +134,7 @@ class DiskTier(SecondaryTierManager):
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         self._jobs[job_metadata.job_id] = job_metadata
+        self._queue.blocks += len(job_metadata.keys)
         self._pool.enqueue_store(job_metadata.job_id, 1, [lambda: self._store(job_metadata)])
 
     def submit_load(self, job_metadata: TransferJob) -> None:
@@ -100,6 +146,8 @@ class DiskTier(SecondaryTierManager):
         for job_id, _, seconds in self._pool.get_finished():
             job, done = self._jobs.pop(job_id), self._done.pop(job_id, [])
             self._void.discard(job_id)
+            if not job.is_promotion:
+                self._queue.blocks -= len(job.keys)
             if not job.is_promotion and self._publishes and done:
                 self._events.append(OffloadingEvent(done, self.medium, False, self.locality))
             results.append(
@@ -121,29 +169,45 @@ class DiskTier(SecondaryTierManager):
         return events
 
     def erase(self, tags: Collection[str]) -> int:
-        """Remove every block with one of these tags, and store none that waits to be; returns how
-        many. Raises `DiskError` as `DiskStore.erase` does."""
+        """Have no block with one of these tags found any more, and store none that waits to be;
+        returns how many. The files are `purge`'s."""
         for job_id, job in self._jobs.items():
             if not job.is_promotion and tag_of(job.req_context) in tags:
                 self._void.add(job_id)
-        erased, failure = 0, None
-        for tag in tags:
-            try:
-                erased += self.store.erase(tag)
-            except DiskError as error:  # the other tenants go all the same
-                failure = error
-        if failure is not None:
-            raise failure
-        return erased
+        return sum(self.store.drop(tag) for tag in tags)
+
+    def purge(self, tags: Collection[str]) -> Future[None]:
+        """Unlink the files of tags that were erased, beside the engine's steps. The result comes
+        when they are gone, or is `DiskError` as of `DiskStore.purge`."""
+        return self._eraser.submit(self._purge, tuple(tags))
+
+    def clear(self) -> None:
+        """Have no block found any more; the files follow."""
+        self.store.clear()
+        self._eraser.submit(self.store.sweep)
 
     def drain_jobs(self) -> None:
         self._pool.wait_idle()
 
     def shutdown(self) -> None:
         self._pool.shutdown(wait=True)
+        self._eraser.shutdown(wait=True)
         self.store.close()
 
+    def _not_queued(self, blocks: int) -> None:
+        self._complain("stored", blocks, "as many wait as may")
+
     # ------------------------------------------------------------------ the pool's threads
+
+    def _purge(self, tags: Collection[str]) -> None:
+        failure = None
+        for tag in tags:
+            try:
+                self.store.purge(tag)
+            except DiskError as error:  # the other tenants go all the same
+                failure = error
+        if failure is not None:
+            raise failure
 
     def _store(self, job: TransferJob) -> None:
         done = self._done[job.job_id] = []
@@ -159,6 +223,11 @@ class DiskTier(SecondaryTierManager):
                     done.append(key)
             except OSError as error:
                 self._complain("stored", len(job.keys) - len(done), error)
+                return
+            except LostSlotError as error:
+                if not self._lost:
+                    logger.error("disk tier: nothing is stored any more: %s", error)
+                self._lost = True
                 return
 
     def _load(self, job: TransferJob) -> None:
@@ -184,7 +253,7 @@ class DiskTier(SecondaryTierManager):
         view: memoryview = self._primary_kv_view[row : row + 1].cast("B")
         return view
 
-    def _complain(self, what: str, blocks: int, error: OSError) -> None:
+    def _complain(self, what: str, blocks: int, error: object) -> None:
         now = time.monotonic()
         if now - self._complained_at >= _COMPLAIN_EVERY_S:
             self._complained_at = now

@@ -8,16 +8,17 @@ DEADLINE = "load_deadline_s"
 
 @dataclass(slots=True)
 class Promoted:
-    """The state of one request; `keys` were fetched for it once and are not fetched again."""
+    """The state of one request; `keys` were fetched for it once and are not fetched again. Once it
+    is `late` it waits for nothing more."""
 
     keys: set[bytes] = field(default_factory=set)
     waits_since_s: float | None = None
+    late: bool = False
 
-    def overran(self, deadline_s: float | None, now_s: float) -> bool:
-        """Whether it has waited longer than its plan lets it. To be asked whenever it has to wait:
-        the first time starts its clock."""
-        if deadline_s is None:
-            return False
+    def overran(self, deadline_s: float, now_s: float) -> bool:
+        """Whether it has waited longer than it may. To be asked whenever it has to wait: the first
+        time starts its clock."""
         if self.waits_since_s is None:
             self.waits_since_s = now_s
-        return now_s - self.waits_since_s > deadline_s
+        self.late = self.late or now_s - self.waits_since_s >= deadline_s
+        return self.late

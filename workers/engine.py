@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,17 +241,28 @@ class Engine:
         self._report({})
 
     def _erase(self, tags: Sequence[str], receiver: Callable[[Erased], None]) -> None:
-        try:
-            erased = self._erasure.erase(tags)
-        except DiskError as error:  # the order's edge: who gave it hears nothing and asks again
-            logger.error("erasing is not done: %s", error)
-            self._publish()
-            self._report({})
-            return
+        erased = self._erasure.erase(tags)
         words = "%d blocks erased, %d of them in use, and %d in tiers"
         logger.info(words, erased.blocks, erased.in_use, erased.in_tiers)
         self._publish()
         self._report({})
+        if self._tiers is None:
+            receiver(erased)
+            return
+        # Files are unlinked beside the steps.
+        files: Future[None] = self._tiers.purge(tags)
+        files.add_done_callback(
+            lambda gone: self._orders.put(lambda: self._purged(gone, erased, receiver))
+        )
+
+    def _purged(
+        self, files: Future[None], erased: Erased, receiver: Callable[[Erased], None]
+    ) -> None:
+        try:
+            files.result()
+        except DiskError as error:  # the order's edge: who gave it hears nothing and asks again
+            logger.error("erasing is not done: %s", error)
+            return
         if self.vault is None:
             receiver(erased)
         else:

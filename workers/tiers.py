@@ -48,6 +48,8 @@ class DiskTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     path: Annotated[str, Meta(min_length=1)]
     bytes: Annotated[int, Meta(ge=1)]
+    # Of 32 bytes, this user's alone: blocks are encrypted with it.
+    key_file: Annotated[str, Meta(min_length=1)] | None = None
 
 
 class VaultDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -87,6 +89,8 @@ class Tiers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     host: HostTier | None = None
     disk: DiskTier | None = None
     vault: Vault | None = None
+    # The longest that a request waits for blocks; then it computes what has not come.
+    load_timeout_s: Annotated[float, Meta(gt=0)] = 5.0
 
     def __bool__(self) -> bool:
         return any(tier is not None for tier in (self.host, self.disk, self.vault))
@@ -160,6 +164,7 @@ def _offloading(tiers: Tiers, identity: str) -> dict[str, Any]:
         "cpu_bytes_to_use": tiers.host.bytes if tiers.host else STAGING_BYTES,
         # An answer is part of the conversation's next prompt.
         "offload_prompt_only": False,
+        "load_timeout_s": tiers.load_timeout_s,
     }
     behind = [] if tiers.disk is None else [_disk(tiers.disk, identity)]
     behind += [] if tiers.vault is None else [_vault(tiers.vault, identity)]
@@ -176,6 +181,7 @@ def _disk(disk: DiskTier, identity: str) -> dict[str, Any]:
         "path": disk.path,
         "budget_bytes": disk.bytes,
         "identity": identity,
+        "key_file": disk.key_file,
     }
 
 

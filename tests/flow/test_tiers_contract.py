@@ -27,6 +27,7 @@ from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
 from vllm.v1.kv_offload.tiering.base import (
     JobResult,
     SecondaryTierManager,
@@ -35,14 +36,18 @@ from vllm.v1.kv_offload.tiering.base import (
 )
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
-from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+from vllm.v1.kv_offload.tiering.manager import (
+    CPUPrimaryTierOffloadingManager,
+    TieringOffloadingManager,
+)
 from vllm.v1.kv_offload.tiering.metrics import TieringMetricsTracker
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kv.catalogue import Tier
 from kv.offload import BatchedCopyWorker, TieredConnector, TieredSpec, Tiers
-from kv.offload_disk import TAG, DiskTier
+from kv.offload_disk import TAG, DiskTier, StoreQueue
+from kv.offload_rows import CleanRows
 from kv.plan import Hints
 from kv.promoted import DEADLINE
 from workers.counters import LOADED, METRICS_BY_TIER, PROMOTED, SOURCES, TIER_METRICS
@@ -54,16 +59,17 @@ from workers.vault.tier import VaultTier
 
 def test_our_classes_leave_nothing_abstract() -> None:
     """A new version that asks for another method is seen here, not at an engine's start."""
-    for kind in (TieredSpec, Tiers, DiskTier, VaultTier, BatchedCopyWorker):
+    for kind in (TieredSpec, Tiers, DiskTier, VaultTier, BatchedCopyWorker, CleanRows, StoreQueue):
         assert not getattr(kind, "__abstractmethods__", frozenset())
 
 
 def test_what_we_override_is_still_called_so() -> None:
     """A method that upstream renamed would silently be its own again."""
-    of_the_manager = "lookup _initiate_promotion prepare_store complete_store"
+    of_the_manager = "lookup _initiate_promotion prepare_load prepare_store complete_store"
     of_the_manager += " on_request_finished on_schedule_end has_pending_work reset_cache"
     of_a_tier = ["lookup", "submit_store", "submit_load"]
     of_the_connector = [
+        "__init__",
         "update_state_after_alloc",
         "get_external_cache_hit_sources",
         "get_num_new_matched_tokens",
@@ -75,6 +81,8 @@ def test_what_we_override_is_still_called_so() -> None:
         (SecondaryTierManager, DiskTier, of_a_tier),
         (SecondaryTierManager, VaultTier, [*of_a_tier, "get_stats", "drain_jobs"]),
         (OffloadingWorker, BatchedCopyWorker, ["submit_store", "submit_load", "get_finished"]),
+        (CPUPrimaryTierOffloadingManager, CleanRows, ["prepare_store"]),
+        (BackpressureDetector, StoreQueue, ["should_store", "on_store_completed", "reset"]),
     ]
     for theirs, ours, names in overridden:
         for name in names:
@@ -147,6 +155,19 @@ def test_jobs_and_results_have_the_fields_that_we_fill() -> None:
     assert {"job_id", "success", "successful_keys", "transfer_time"} <= _fields(JobResult)
     assert {"job_id", "success", "transfer_size", "transfer_time"} == _fields(TransferResult)
     assert "assert transfer_result.success" in inspect.getsource(worker)
+
+
+def test_promotions_get_their_rows_where_stores_do() -> None:
+    """So that `CleanRows` overwrites the rows of both."""
+    source = inspect.getsource(CPUPrimaryTierOffloadingManager.__init__)
+    assert "self.prepare_write = self.prepare_store" in source
+
+
+def test_a_tier_is_asked_whether_it_wants_a_store_before_the_blocks_are_held() -> None:
+    """`StoreQueue` bounds what a slow disk keeps in host memory."""
+    source = inspect.getsource(TieringOffloadingManager.complete_store)
+    assert source.index("_should_store_to_tier(") < source.index("create_store_job(")
+    assert "tier.bp_detector" in inspect.getsource(TieringOffloadingManager._should_store_to_tier)
 
 
 def test_tiers_are_loaded_by_module_path() -> None:

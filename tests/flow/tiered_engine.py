@@ -76,9 +76,10 @@ class TieredEngine:
         n: int = 8,
         salt: str | None = None,
         hints: dict[str, Any] | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
         """Tokens and logprobs of a prompt, and how many of its tokens came from where."""
-        asked = {"seed": seed, "blocks": blocks, "n": n, "salt": salt, "hints": hints}
+        asked = {"seed": seed, "blocks": blocks, "n": n, "salt": salt, "hints": hints, **more}
         answer: dict[str, Any] = self.ask("run", **asked)
         return answer
 
@@ -122,6 +123,7 @@ class Bench:
         role = Role(settings["role"])
         pool = config.prefill if role is Role.PREFILL else config.decode
         engine = {**engine_options(config, pool), "max_model_len": settings["max_model_len"]}
+        engine |= settings.get("engine", {})
         parsed = options.namespace(model, ("tiny",), engine)
         tiers = msgspec.convert(settings["tiers"], Tiers)
         transfer = connector.transfer_config(role, "cpu", 30)
@@ -132,6 +134,7 @@ class Bench:
         self.engine = Engine(options.engine_config(parsed, transfer, True), self._said.put)
         self.engine.start()
         self._names = iter(range(1_000_000))
+        self._mended = threading.Event()
         self._preempted = 0
         self._count_preemptions(self.engine.core.scheduler)
 
@@ -146,13 +149,14 @@ class Bench:
         salt: str | None = None,
         first_blocks: int = 0,
         hints: dict[str, Any] | None = None,
+        settle: bool = True,
     ) -> dict[str, Any]:
         """One request alone; of `first_blocks` and their tail only, if set. `hints` are the fields
         of `kv.plan.Hints`."""
         ids = prompt(seed, blocks)
         if first_blocks:
             ids = ids[: first_blocks * BLOCK_TOKENS + TAIL_TOKENS]
-        return self._counted(ids, n, salt, hints=hints)
+        return self._counted(ids, n, salt, hints=hints, settle=settle)
 
     def handoff(self, seed: int, blocks: int) -> dict[str, Any]:
         """Compute a prompt and keep it for another engine; its answer has a `handoff`."""
@@ -325,12 +329,63 @@ class Bench:
         """How often a request had to give its blocks up."""
         return self._preempted
 
+    def break_disk(self, fault: str, seconds: float = 0.0) -> None:
+        """From now on the disk's files are `full` or `unreadable`, or take `seconds` longer to be
+        read and written (`slow`), until `mend_disk`."""
+        from kv import disk_files
+
+        self._mended.clear()
+        self._files = (disk_files.read, disk_files.write)
+        error = OSError(28, "No space left on device") if fault == "full" else OSError(5, "I/O")
+
+        def broken(theirs: Callable[..., Any]) -> Callable[..., Any]:
+            def access(*arguments: Any) -> Any:
+                if fault != "slow":
+                    raise error
+                self._mended.wait(seconds)
+                return theirs(*arguments)
+
+            return access
+
+        if fault != "full":
+            disk_files.read = broken(disk_files.read)
+        if fault != "unreadable":
+            disk_files.write = broken(disk_files.write)
+
+    def mend_disk(self) -> None:
+        from kv import disk_files
+
+        disk_files.read, disk_files.write = self._files
+        self._mended.set()
+        self.settle()
+
     def host_blocks(self) -> int:
         """Rows of the host tier that hold anything but zeros."""
         import numpy as np
 
         view = np.asarray(self.engine._tiers.primary_tier.get_kv_memoryview())
         return int(self._between_steps(lambda: int(view.any(axis=1).sum())))
+
+    def remember(self, tag: str) -> int:
+        """Keep pieces of the rows of the host tier that are of one tenant; returns how many."""
+        self._pieces = self._between_steps(lambda: self._pieces_of(tag))
+        return len(self._pieces)
+
+    def remembered(self) -> int:
+        """How many of those pieces are in the host tier, wherever."""
+        view = self.engine._tiers.primary_tier.get_kv_memoryview()
+        content: bytes = self._between_steps(view.tobytes)
+        return sum(piece in content for piece in self._pieces)
+
+    def _pieces_of(self, tag: str) -> list[bytes]:
+        tiers = self.engine._tiers
+        primary = tiers.primary_tier
+        chunks = [primary._policy.get(key) for key, its in tiers._tags.items() if its == tag]
+        pieces = []
+        for chunk in filter(None, chunks):
+            row = primary.get_kv_memoryview()[chunk.chunk_id : chunk.chunk_id + 1].tobytes()
+            pieces += [row[at : at + 64] for at in range(0, len(row), 1024)]
+        return [piece for piece in pieces if any(piece)]
 
     def cores(self, seconds: float) -> float:
         """Cores that the idle process takes."""

@@ -1,4 +1,5 @@
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv.disk import DiskStore, file_bytes
-from kv.errors import DamagedBlockError, DiskError
+from kv.disk_seal import Checked, Encrypted, Seal, read_key
+from kv.errors import DamagedBlockError, DiskError, LostSlotError
 
 BLOCK = 5000
 FILE = file_bytes(BLOCK)
@@ -36,6 +38,12 @@ def read(store: DiskStore, number: int, tag: str = "") -> bytes:
 def file_of(root: Path, number: int) -> Path:
     [path] = root.rglob(f"{key(number).hex()}.kv")
     return path
+
+
+def erase(store: DiskStore, tag: str) -> int:
+    erased = store.drop(tag)
+    store.purge(tag)
+    return erased
 
 
 def on_disk(root: Path) -> int:
@@ -116,7 +124,7 @@ def test_the_budget_holds_whatever_is_done(
         elif what == "t":
             store.touch("", key(number))
         elif what == "e" and number == 0:
-            store.erase("")
+            erase(store, "")
         assert on_disk(root) <= store.used_bytes <= room * FILE + 100
     store.close()
 
@@ -186,7 +194,7 @@ def test_a_tenants_blocks_go_from_every_slot(tmp_path: Path) -> None:
     for tag in ("aa", "bb"):
         beside.put(tag, key(2), block(2))
     idle.close()
-    assert beside.erase("aa") == 1
+    assert erase(beside, "aa") == 1
     left = list(tmp_path.rglob("*.kv"))
     assert len(left) == 1
     assert beside.has("bb", key(2))
@@ -199,7 +207,7 @@ def test_what_a_killed_process_was_writing_is_erased(tmp_path: Path) -> None:
     killed.put("aa", key(1), block(1))
     stored = file_of(tmp_path, 1)
     stored.rename(stored.with_suffix(".tmp"))
-    DiskStore(tmp_path, "f", 9 * FILE).erase("aa")
+    erase(DiskStore(tmp_path, "f", 9 * FILE), "aa")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
 
 
@@ -211,7 +219,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("kv.disk.os.write", full)
+        patched.setattr("kv.disk_files.os.write", full)
         with pytest.raises(OSError, match="No space"):
             store.put("", key(1), block(1))
     assert store.used_bytes == 0
@@ -230,7 +238,7 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> ReadOnly:
     def turned() -> Iterator[None]:
         with monkeypatch.context() as patched:
             patched.setattr(Path, "unlink", refuse)
-            patched.setattr("kv.disk.os.open", refuse)
+            patched.setattr("kv.disk_files.os.open", refuse)
             yield
 
     return turned
@@ -249,13 +257,38 @@ def test_a_disk_that_turns_read_only_costs_no_room(tmp_path: Path, read_only: Re
 def test_a_block_that_cannot_be_read_or_removed_is_missed(
     tmp_path: Path, read_only: ReadOnly
 ) -> None:
-    """Its name goes although its file stays: it is not fetched again and again."""
+    """Its name goes although its file stays: it is not fetched again and again. The file counts
+    until it is removed, and is tried again by whoever stores the block."""
     store = DiskStore(tmp_path, "f", 2 * FILE)
     store.put("", key(1), block(1))
     with read_only(), pytest.raises(OSError, match="Read-only"):
         read(store, 1)
     assert not store.has("", key(1))
-    assert store.used_bytes == 0
+    assert store.used_bytes == on_disk(tmp_path) == FILE
+    assert store.put("", key(1), block(3))
+    assert read(store, 1) == bytes(block(3))
+    assert store.used_bytes == on_disk(tmp_path) == FILE
+
+
+def test_a_file_that_cannot_be_removed_costs_another_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget counts it as long as it is there."""
+    store = DiskStore(tmp_path, "f", 3 * FILE)
+    for number in (1, 2, 3):
+        store.put("", key(number), block(number))
+    kept, unlink = file_of(tmp_path, 1), Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == kept:
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert store.put("", key(4), block(4))
+    assert [store.has("", key(number)) for number in (1, 2, 3, 4)] == [False, False, True, True]
+    assert store.used_bytes == on_disk(tmp_path) == 3 * FILE
+    assert not store.put("", key(1), block(1))
 
 
 def test_files_that_an_erasure_leaves_are_told(tmp_path: Path, read_only: ReadOnly) -> None:
@@ -265,10 +298,10 @@ def test_files_that_an_erasure_leaves_are_told(tmp_path: Path, read_only: ReadOn
         store.put("aa", key(number), block(number))
     store.put("bb", key(3), block(3))
     with read_only(), pytest.raises(DiskError, match="2 files"):
-        store.erase("aa")
+        erase(store, "aa")
     assert not store.has("aa", key(1))
     assert store.has("bb", key(3))
-    store.erase("aa")
+    erase(store, "aa")
     assert len(list(tmp_path.rglob("*.kv"))) == 1
 
 
@@ -343,3 +376,212 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"tiers\.disk\.path"):
         DiskStore(tmp_path / "file", "f", FILE)
+
+
+class SlowUnlink:
+    """Removals wait until they are let go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked, self.go = threading.Event(), threading.Event()
+        unlink = Path.unlink
+
+        def slow(path: Path, missing_ok: bool = False) -> None:
+            self.asked.set()
+            assert self.go.wait(30)
+            unlink(path, missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", slow)
+
+    def while_waiting(self, work: Callable[[], object], look: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            assert self.asked.wait(30)
+            look()
+        finally:
+            self.go.set()
+            thread.join(30)
+
+
+def test_what_an_engine_asks_between_steps_never_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While room is made on a slow disk, looking, touching, dropping and clearing answer at once;
+    the budget counts a file until it is gone."""
+    store = DiskStore(tmp_path, "f", 3 * FILE)
+    for number, tag in ((1, "aa"), (2, "aa"), (3, "bb")):
+        store.put(tag, key(number), block(number))
+    disk = SlowUnlink(monkeypatch)
+
+    def look() -> None:
+        assert not store.has("aa", key(1))
+        store.touch("bb", key(3))
+        assert store.drop("aa") == 1
+        assert store.take_removed() == [key(1), key(2)]
+        assert store.used_bytes == on_disk(tmp_path) == 3 * FILE
+        store.clear()
+        assert not store.has("bb", key(3))
+
+    disk.while_waiting(lambda: store.put("bb", key(4), block(4)), look)
+    store.sweep()
+    assert store.has("bb", key(4))
+    assert store.used_bytes == on_disk(tmp_path) == FILE
+
+
+def test_a_block_stored_anew_outlives_the_removal_of_its_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file, two blocks in turn: the second is written once the first is unlinked."""
+    store = DiskStore(tmp_path, "f", 3 * FILE)
+    store.put("aa", key(1), block(1))
+    store.drop("aa")
+    disk, again = (
+        SlowUnlink(monkeypatch),
+        threading.Thread(target=lambda: store.put("aa", key(1), block(2))),
+    )
+
+    def look() -> None:
+        again.start()
+        again.join(0.2)  # time to go wrong in
+
+    disk.while_waiting(store.sweep, look)
+    again.join(30)
+    assert read(store, 1, "aa") == bytes(block(2))
+
+
+def test_a_tenants_block_that_is_being_written_is_gone_when_its_erasure_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order comes between the writing of a file and its entry in the books."""
+    store, rename = DiskStore(tmp_path, "f", 3 * FILE), Path.rename
+
+    def ordered(path: Path, target: Path) -> Path:
+        store.drop("aa")
+        purge.start()
+        return rename(path, target)
+
+    purge = threading.Thread(target=store.purge, args=("aa",))
+    monkeypatch.setattr(Path, "rename", ordered)
+    store.put("aa", key(1), block(1))
+    purge.join(30)
+    assert not purge.is_alive()
+    assert on_disk(tmp_path) == store.used_bytes == 0
+
+
+@pytest.mark.parametrize("where", ["root", "slot"])
+@pytest.mark.parametrize("wrong", ["symlink", "user", "mode"])
+def test_a_folder_that_others_could_steer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, wrong: str
+) -> None:
+    """A symlink, another user's folder, and one that others may write to; the error names the
+    folder and the setting."""
+    root = tmp_path / "root"
+    folder = root if where == "root" else root / "slot-0"
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    if wrong == "symlink":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.mkdir(mode=0o700)
+    if wrong == "mode":
+        folder.chmod(0o770)
+    elif wrong == "user":
+        monkeypatch.setattr("kv.disk_files.os.geteuid", lambda: os.getuid() + 1)
+        folder = root  # whose user is asked first
+    with pytest.raises(DiskError, match=rf"^{folder}: .*tiers\.disk\.path"):
+        DiskStore(root, "f", FILE)
+    assert not list((tmp_path / "elsewhere").glob("*"))
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_slot_that_was_taken_away_is_written_to_no_more(tmp_path: Path, anew: bool) -> None:
+    """Nor read, nor cleaned: the folder may be another process's by now."""
+    root = tmp_path / "root"
+    store = DiskStore(root, "f", 3 * FILE)
+    store.put("aa", key(1), block(1))
+    shutil.rmtree(root)
+    other = DiskStore(root, "f", 3 * FILE) if anew else None
+    if other is not None:
+        other.put("aa", key(1), block(2))
+    with pytest.raises(LostSlotError, match="taken away"):
+        store.put("aa", key(2), block(2))
+    assert not store.has("aa", key(1))
+    assert store.take_removed() == [key(1)]
+    assert root.exists() == anew
+    if other is not None:
+        store.clear()
+        store.sweep()
+        assert read(other, 1, "aa") == bytes(block(2))
+
+
+class TestEncrypted:
+    """Blocks under a key."""
+
+    KEY = bytes(range(32))
+
+    def test_a_block_comes_back_and_its_bytes_are_not_in_the_file(self, tmp_path: Path) -> None:
+        """Also in the next process; two files of the same block differ."""
+        store = DiskStore(tmp_path, "f", 10 * FILE, Encrypted(self.KEY))
+        for number in (1, 252):  # the same bytes
+            store.put("", key(number), block(number))
+        one, other = (file_of(tmp_path, number).read_bytes() for number in (1, 252))
+        assert bytes(block(1))[:8] not in one
+        assert one != other
+        assert store.used_bytes == on_disk(tmp_path)
+        store.close()
+        assert read(DiskStore(tmp_path, "f", 10 * FILE, Encrypted(self.KEY)), 1) == bytes(block(1))
+
+    @pytest.mark.parametrize("harm", ["key", "flip", "name", "none"])
+    def test_what_is_not_of_this_key_and_name_is_refused(self, tmp_path: Path, harm: str) -> None:
+        """Another key, changed bytes, a file in another's place, and a block that was stored
+        without a key."""
+        seal: Seal = Checked() if harm == "none" else Encrypted(self.KEY)
+        store = DiskStore(tmp_path, "f", 10 * FILE, seal)
+        for number in (1, 2):
+            store.put("", key(number), block(number))
+        path = file_of(tmp_path, 1)
+        if harm == "flip":
+            content = bytearray(path.read_bytes())
+            content[BLOCK // 2] ^= 1
+            path.write_bytes(content)
+        elif harm == "name":
+            path.write_bytes(file_of(tmp_path, 2).read_bytes())
+        store.close()
+        key_now = bytes(32) if harm == "key" else self.KEY
+        later = DiskStore(tmp_path, "f", 10 * FILE, Encrypted(key_now))
+        with pytest.raises(DamagedBlockError):
+            read(later, 1)
+        assert not later.has("", key(1))
+
+    def test_a_key_is_read_from_a_file_of_its_users_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Anything else is refused by the name of the setting, with a remedy."""
+        path = tmp_path / "key"
+        path.write_bytes(self.KEY)
+        path.chmod(0o600)
+        assert read_key(path) == self.KEY
+        link = tmp_path / "link"
+        link.symlink_to(path)
+        for wrong in (link, tmp_path / "absent"):
+            with pytest.raises(DiskError, match=r"tiers\.disk\.key_file .*cannot be read"):
+                read_key(wrong)
+        path.chmod(0o640)
+        with pytest.raises(DiskError, match="mode 640"):
+            read_key(path)
+        path.chmod(0o600)
+        with monkeypatch.context() as patched:
+            patched.setattr("kv.disk_seal.os.geteuid", lambda: os.getuid() + 1)
+            with pytest.raises(DiskError, match="wanted"):
+                read_key(path)
+        for content in (self.KEY[:-1], self.KEY + b"\n"):
+            path.write_bytes(content)
+            with pytest.raises(DiskError, match="not 32"):
+                read_key(path)
+
+    def test_keys_have_ids_that_tell_them_apart(self) -> None:
+        """An id is no part of its key."""
+        one, other = Encrypted(self.KEY), Encrypted(bytes(32))
+        assert one.key_id != other.key_id
+        assert one.key_id == Encrypted(self.KEY).key_id
+        assert one.key_id not in self.KEY.hex()

@@ -60,7 +60,8 @@ def test_each_tier_is_optional() -> None:
     only_disk = offloading(Tiers(disk=DISK))
     assert only_disk["cpu_bytes_to_use"] == STAGING_BYTES
     [disk] = only_disk["secondary_tiers"]  # type: ignore[misc]
-    assert (disk["path"], disk["budget_bytes"]) == ("/x", 1 << 21)
+    assert (disk["path"], disk["budget_bytes"], disk["key_file"]) == ("/x", 1 << 21, None)
+    assert only_disk["load_timeout_s"] == 5.0
     assert offloading(Tiers(host=HOST, disk=DISK))["cpu_bytes_to_use"] == 1 << 20
     assert Tiers(vault=VAULT)
     [vault] = offloading(Tiers(vault=VAULT))["secondary_tiers"]  # type: ignore[misc]
@@ -109,6 +110,8 @@ def test_a_plan_s_hints_are_in_vllms_words() -> None:
         {"vault": {"memory_bytes": 5, "ttl_s": 0}},
         {"vault": {"memory_bytes": 5, "disk": {"path": "/x"}}},
         {"host": {"bytes": 5, "gib": 1}},
+        {"disk": {"path": "/x", "bytes": 5, "key_file": ""}},
+        {"load_timeout_s": 0},
     ],
 )
 def test_what_is_not_a_tier_is_refused(wrong: dict[str, object]) -> None:
