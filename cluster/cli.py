@@ -12,6 +12,7 @@ import yaml
 
 from cluster.config import load
 from cluster.errors import ClusterError, ConfigError
+from kv.codecs.codec import CodecName
 from router.access import digest
 from router.policy import Policy
 
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_key(commands)
     _add_forget(commands)
     _add_kv_size(commands)
+    _add_calibrate(commands)
     _add(commands, "down", _down, "end a cluster, or what a crashed one left behind")
     return parser
 
@@ -107,6 +109,23 @@ def _add_kv_size(commands: Any) -> None:
     size.add_argument("--tp", type=_count, default=1, metavar="N", help="tensor-parallel ranks")
     size.add_argument("--json", action="store_true", help="for programs")
     size.set_defaults(run=_kv_size)
+
+
+def _add_calibrate(commands: Any) -> None:
+    about = "measure what each codec does to the model's answers, on an engine of its own"
+    calibrate = commands.add_parser("calibrate", help=about)
+    calibrate.add_argument(
+        "--codecs",
+        nargs="*",
+        required=True,
+        choices=[str(each) for each in CodecName],
+        metavar="CODEC",
+        help="which; every lossy one by default",
+    )
+    calibrate.add_argument("--config", type=Path, help="a YAML file; keys as in configs/cpu.yaml")
+    calibrate.add_argument("--model", help="a model folder or hub name")
+    calibrate.add_argument("--json", action="store_true", help="for programs")
+    calibrate.set_defaults(run=_calibrate)
 
 
 def _count(text: str) -> int:
@@ -191,6 +210,14 @@ def _kv_size(arguments: argparse.Namespace) -> int:
 
     each = (arguments.model, arguments.tokens, arguments.dtype, arguments.state_dtype)
     return kv_size(Asked(*each, ranks=arguments.tp, as_json=arguments.json))
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from cluster.calibrate import calibrate
+
+    given = {} if arguments.model is None else {"model": arguments.model}
+    names = [CodecName(each) for each in arguments.codecs]
+    return calibrate(load(arguments.config, given), names, arguments.json)
 
 
 def _status(arguments: argparse.Namespace) -> int:

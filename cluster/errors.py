@@ -8,6 +8,7 @@ ClusterError
 ├── TlsError            a cluster answers with a certificate that is not its own
 ├── AdminKeyError       a cluster with keys was asked without the admin key
 ├── RestartError        replicas were not replaced in time
+├── CodecRefusedError   a codec that this model may not use
 ├── RefusedError        the cluster did not take an order
 └── NotRunningError     a command needs a running cluster and found none
 
@@ -85,6 +86,17 @@ class RestartError(ClusterError):
     def __str__(self) -> str:
         left = ", ".join(self.names) or "none"
         return f"not replaced yet: {left}; Serve goes on trying, see `breakeven status`"
+
+
+class CodecRefusedError(ClusterError):
+    """A codec without a verdict that lets this model use it."""
+
+    def __init__(self, codec: str, complaint: str, command: str) -> None:
+        super().__init__(codec, complaint, command)
+        self.codec, self.complaint, self.command = codec, complaint, command
+
+    def __str__(self) -> str:
+        return f"codec {self.codec}: {self.complaint}; `{self.command}` measures it"
 
 
 class RefusedError(ClusterError):

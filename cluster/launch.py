@@ -34,7 +34,7 @@ def serve(config: Config) -> int:
     _check_keys(config)
     _warn_of_clear_text(config)
     _refuse_second(config)
-    model = _model(config)
+    model = find_model(config)
     stop = _Signals()
     run_dir = local_ray.prepare(config)
     state.write(run_dir, url, certificate)
@@ -195,7 +195,9 @@ def _check_keys(config: Config) -> None:
             raise ConfigError("ingress.keys_file", str(error)) from error
 
 
-def _model(config: Config) -> Path | str:
+def find_model(config: Config) -> Path | str:
+    """The folder of the configured model, made first if it is the default one, or its name on the
+    hub. Raises `ConfigError` for a folder that is not there."""
     if config.model == "default":
         return ensure_default_model(cache_dir())
     folder = Path(config.model)

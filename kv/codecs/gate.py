@@ -6,7 +6,7 @@ the model's fingerprint. A codec without a verdict that passes is not used.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
@@ -78,6 +78,28 @@ class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def token_agreement(self) -> float:
         return self.agreed_tokens / self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Of one answer: how many tokens are the exact one's, and by how many nats a logprob moved."""
+
+    agreed_tokens: int
+    max_logprob_delta: float
+
+
+def compare(exact: Sequence[tuple[int, float]], lossy: Sequence[tuple[int, float]]) -> Comparison:
+    """Hold two greedy answers, as tokens and their logprobs, against each other.
+
+    Tokens count up to the first that differs: what follows answers another prompt, and would agree
+    by chance. Logprobs are compared up to there too.
+    """
+    deltas = []
+    for (token, logprob), (other, other_logprob) in zip(exact, lossy, strict=True):
+        if token != other:
+            break
+        deltas.append(abs(logprob - other_logprob))
+    return Comparison(len(deltas), max(deltas, default=0.0))
 
 
 @dataclass(frozen=True, slots=True)
