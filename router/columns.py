@@ -54,6 +54,10 @@ class LinkColumns(NamedTuple):
         return links
 
 
+# A replica's place, one of its tiers, the leading tokens that this holds, what fetching costs.
+Found = tuple[int, Tier, int, LinkCurve]
+
+
 class TierColumns(NamedTuple):
     """What tiers hold of a prompt, float64 of shape (tiers, replicas).
 
@@ -67,22 +71,19 @@ class TierColumns(NamedTuple):
     per_byte_s: Floats
 
     @classmethod
-    def of(cls, rows: Mapping[int, "ReplicaView"], replicas: int) -> "TierColumns | None":
-        """The tiers of the replicas at these places, of so many; None if they hold nothing of the
-        prompt."""
-        found = [
-            (view, place) for place, row in rows.items() for view in row.tiers if view.hit_tokens
-        ]
-        order = tuple(tier for tier in TIER_ORDER if any(view.tier is tier for view, _ in found))
-        if not order:
+    def of(cls, found: Sequence[Found], replicas: int) -> "TierColumns | None":
+        """What these tiers, of so many replicas, hold; None if that is nothing."""
+        there = {tier for _, tier, tokens, _ in found if tokens}
+        if not there:
             return None
+        order = tuple(tier for tier in TIER_ORDER if tier in there)
         shape = (len(order), replicas)
         columns = cls(order, np.zeros(shape), np.full(shape, np.inf), np.zeros(shape))
-        for view, place in found:
-            at = order.index(view.tier), place
-            columns.tokens[at] = view.hit_tokens
-            columns.latency_s[at] = view.curve.latency_s
-            columns.per_byte_s[at] = view.curve.per_byte_s
+        for place, tier, tokens, curve in found:
+            if tokens:
+                at = order.index(tier), place
+                columns.tokens[at] = tokens
+                columns.latency_s[at], columns.per_byte_s[at] = curve.latency_s, curve.per_byte_s
         return columns
 
 
@@ -119,7 +120,14 @@ class Columns(NamedTuple):
             loads_of(rows),
             LinkColumns.of(names[: len(decode)], names[len(decode) :], curves),
             np.array([float(row.hit_tokens) for row in rows]),
-            TierColumns.of(dict(enumerate(rows)), len(rows)),
+            TierColumns.of(
+                [
+                    (place, view.tier, view.hit_tokens, view.curve)
+                    for place, row in enumerate(rows)
+                    for view in row.tiers
+                ],
+                len(rows),
+            ),
         )
 
 

@@ -4,7 +4,7 @@ A row is made anew when its replica's load changes, which takes 8 us and is not 
 all rows when a replica came, went or drains; the columns of links when a pair was warmed or cooled.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,10 +13,11 @@ from kv.curve import LinkCurve
 from router.catalogue.wire import Found, Taken
 from router.columns import TIER_ORDER, Columns, Floats, LinkColumns, TierColumns, load_of, loads_of
 from router.member import Member
-from router.snapshot import Pool, ReplicaView, Snapshot, TierView
+from router.snapshot import Pool, ReplicaView, Snapshot, TierTokens, TierView
 from workers.messages import Role, TierLoad
 
 NOTHING = Taken()
+_NONE_HELD: TierTokens = {}
 Pair = tuple[str, str]
 
 
@@ -66,17 +67,13 @@ class Pools:
         hit_tokens = np.array(
             [depth_of(epoch, 0) * block_tokens for epoch in self._epochs], np.float64
         )
-        held = self._held(found.tiers) if found is not None and found.tiers else {}
-        decode_held = {at: tokens for at, tokens in held.items() if at < n_decode}
-        prefill_held = {at - n_decode: tokens for at, tokens in held.items() if at >= n_decode}
-        prefill = Pool(rows[n_decode:], hit_tokens[n_decode:], prefill_held)
-        decode = Pool(rows[:n_decode], hit_tokens[:n_decode], decode_held)
-        holders = {at: decode[at] for at in decode_held}
-        holders |= {at + n_decode: prefill[at] for at in prefill_held}
-        tiers = TierColumns.of(holders, len(names)) if held else None
+        held, tiers = _NONE_HELD, None
+        if found is not None and found.tiers:
+            held = self._held(found.tiers)
+            tiers = _tier_columns(rows, held)
         return Snapshot(
-            prefill=prefill,
-            decode=decode,
+            prefill=Pool(rows[n_decode:], hit_tokens[n_decode:], held, n_decode),
+            decode=Pool(rows[:n_decode], hit_tokens[:n_decode], held),
             links=curves,
             kv_bytes_per_token=self._kv_bytes_per_token,
             columns=Columns(names, n_decode, loads, self._links, hit_tokens, tiers),
@@ -164,6 +161,15 @@ def view_of(member: Member, sent: Taken, others: Taken = NOTHING) -> ReplicaView
         _tiers(load.tiers) if load.tiers else (),
         any(tier.unnamed for tier in load.tiers.values()),
     )
+
+
+def _tier_columns(rows: Sequence[ReplicaView], held: TierTokens) -> TierColumns | None:
+    found = [
+        (place, view.tier, tokens.get(view.tier, 0), view.curve)
+        for place, tokens in held.items()
+        for view in rows[place].tiers
+    ]
+    return TierColumns.of(found, len(rows))
 
 
 def _tiers(told: Mapping[Tier, TierLoad]) -> tuple[TierView, ...]:

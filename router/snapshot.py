@@ -58,22 +58,25 @@ class ReplicaView:
         return self.running * self.step_s * (self.max_num_seqs if full else 1)
 
 
-# Leading tokens of a prompt that tiers hold, by a replica's place in its pool.
+# Leading tokens of a prompt that tiers hold, by a replica's place among all.
 TierTokens = Mapping[int, Mapping[Tier, int]]
 
 
 class Pool(Sequence[ReplicaView]):
-    """Replicas of one role by name: rows that outlive a request, and its hits, float64 a row."""
+    """Replicas of one role by name: rows that outlive a request, and its hits, float64 a row; the
+    place of the first one among all is `first`."""
 
-    __slots__ = ("_hit_tokens", "_rows", "_tier_tokens")
+    __slots__ = ("_first", "_hit_tokens", "_rows", "_tier_tokens")
 
     def __init__(
         self,
         rows: Sequence[ReplicaView],
         hit_tokens: Floats,
         tier_tokens: TierTokens = MappingProxyType({}),
+        first: int = 0,
     ) -> None:
-        self._rows, self._hit_tokens, self._tier_tokens = rows, hit_tokens, tier_tokens
+        self._rows, self._hit_tokens = rows, hit_tokens
+        self._tier_tokens, self._first = tier_tokens, first
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -86,7 +89,7 @@ class Pool(Sequence[ReplicaView]):
         places = range(len(self._rows))[at]
         if isinstance(places, range):
             return [self[place] for place in places]
-        row, held = self._rows[places], self._tier_tokens.get(places)
+        row, held = self._rows[places], self._tier_tokens.get(self._first + places)
         if held is None:
             return replace(row, hit_tokens=int(self._hit_tokens[places]))
         tiers = tuple(replace(view, hit_tokens=held.get(view.tier, 0)) for view in row.tiers)

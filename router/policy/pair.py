@@ -33,7 +33,6 @@ from router.errors import NoReplicaError
 from router.policy import tiers
 from router.policy.question import Question
 from router.policy.session import preferred
-from router.snapshot import Snapshot
 
 # Plans that were not chosen and are kept for the audit.
 MAX_RIVALS = 3
@@ -125,16 +124,16 @@ def _price(question: Question) -> _Prices:
     hit_tokens = _usable(n, hit_tokens)
     lacked = n - hit_tokens
     lacked_bytes = lacked * snapshot.kv_bytes_per_token
-    # What a second of computing costs each replica; a decode replica's streams stall meanwhile.
-    weight = np.full(len(names), 1.0 + question.compute_price)
-    weight[:n_decode] += np.maximum(loads[RUNNING, :n_decode], question.assumed_streams)
-    taken = None if question.local_only else _taken(n, columns, hit_tokens, weight, snapshot)
-    if taken is not None:
+    # What a second of computing costs; on a decode replica streams stall meanwhile.
+    weight, taken = np.maximum(loads[RUNNING], question.assumed_streams), None
+    weight[n_decode:] = 0.0
+    weight += 1.0 + question.compute_price
+    if columns.tiers is not None and not question.local_only:
+        taken = _taken(n, columns, hit_tokens, weight, snapshot.kv_bytes_per_token)
         lacked = n - taken.hit_tokens
     compute_s = _compute_s(n, lacked, loads)
-    spent_s = weight * compute_s
-    if taken is not None:
-        spent_s += taken.seconds
+    weight *= compute_s
+    spent_s = weight if taken is None else weight + taken.seconds
     n_prefill = 0 if question.local_only else len(names) - n_decode
     cost_s = np.empty(n_decode * (1 + n_prefill))
     np.add(spent_s[:n_decode], loads[OWN_S, :n_decode], out=cost_s[:n_decode])
@@ -148,16 +147,15 @@ def _price(question: Question) -> _Prices:
 
 
 def _taken(
-    prompt_tokens: int, columns: Columns, hit_tokens: Floats, weight: Floats, snapshot: Snapshot
-) -> tiers.Taken | None:
-    if columns.tiers is None:
-        return None
+    prompt_tokens: int, columns: Columns, hit_tokens: Floats, weight: Floats, token_bytes: int
+) -> tiers.Taken:
+    assert columns.tiers is not None
 
     def computing(behind_tokens: Floats) -> Floats:
         return weight * _compute_s(prompt_tokens, prompt_tokens - behind_tokens, columns.loads)
 
     held = columns.tiers._replace(tokens=_usable(prompt_tokens, columns.tiers.tokens))
-    return tiers.take(held, hit_tokens, snapshot.kv_bytes_per_token, computing)
+    return tiers.take(held, hit_tokens, token_bytes, computing)
 
 
 def _usable(prompt_tokens: int, hit_tokens: Floats) -> Floats:
