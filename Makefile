@@ -52,7 +52,7 @@ bench-start: setup ## time a fresh clone and a second start, weigh a cluster at 
 bench-serve: setup-dev ## time serving against a plain server and other routings; QUICK=1 for a smoke run
 	@exec $(BIN)/python benchmarks/serve/run.py $(ARGS)
 
-bench-tiers: setup-dev ## time KV tiers: restores, copies, stores, codecs, eviction, peers, vault; QUICK=1 for a smoke run
+bench-tiers: setup-dev ## time KV tiers: restores, copies, stores, codecs, eviction, peers, vault, peer; QUICK=1 for a smoke run
 	@exec $(BIN)/python benchmarks/tiers/run.py $(ARGS)
 
 lock: setup ## resolve requirements/*.in into the locked sets

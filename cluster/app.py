@@ -12,6 +12,7 @@ from cluster.config import APP, Config, Pool
 from router.settings import IngressSettings
 from workers.curve import server_keys
 from workers.messages import Role
+from workers.peer.keys import peer_keys
 from workers.replica import ReplicaSettings
 from workers.tiers import Tiers, VaultDisk
 from workers.vault.disk import DiskExtent
@@ -86,6 +87,7 @@ def _engines(
         probe_s=config.router.probe_s,
         tiers=_placed(config.tiers),
         vault_keys=None if config.tiers.vault is None else client_keys(secret),
+        peer_keys=None if config.tiers.peer is None else peer_keys(secret),
     )
     deployment = serve.deployment(
         EngineReplica,

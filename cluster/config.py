@@ -161,6 +161,10 @@ def _check(config: Config, source: str) -> None:
         complaint = f"ingress.host {config.ingress.host} is not loopback: set ingress.keys_file"
         raise ConfigError(source, complaint)
     _check_tls(config.ingress, source)
+    if config.tiers.peer is not None and config.tiers.host is None:
+        raise ConfigError(
+            source, "tiers.peer without tiers.host: peers read each other's host tier"
+        )
     if config.ray.address is None and config.catalogue.replicas > 1:
         complaint = f"catalogue.replicas is {config.catalogue.replicas}, and our own Ray has 1 node"
         raise ConfigError(source, complaint)

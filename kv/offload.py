@@ -42,10 +42,7 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
-from vllm.v1.kv_offload.tiering.manager import (
-    CPUPrimaryTierOffloadingManager,
-    TieringOffloadingManager,
-)
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import Request
@@ -54,6 +51,7 @@ from kv.catalogue import Tier
 from kv.errors import DiskError
 from kv.offload_copy import BatchedCopyWorker
 from kv.offload_disk import DiskTier, tag_of
+from kv.offload_host import HostTier
 from kv.offload_kinds import refuse
 from kv.offload_rows import CleanRows, overwrite
 from kv.promoted import DEADLINE, Promoted
@@ -148,7 +146,7 @@ class TieredSpec(TieringOffloadingSpec):
             # goes with its last process, however that ends.
             if not region._creator:
                 os.unlink(region.mmap_path)
-            kind = CleanRows if len(self.config.groups) > 1 else CPUPrimaryTierOffloadingManager
+            kind = CleanRows if len(self.config.groups) > 1 else HostTier
             primary = kind(
                 num_chunks=self.num_chunks,
                 mmap_region=region,
@@ -211,7 +209,7 @@ class Tiers(TieringOffloadingManager):
 
     def __init__(
         self,
-        primary: CPUPrimaryTierOffloadingManager,
+        primary: HostTier,
         tiers: list[SecondaryTierManager],
         load_timeout_s: float = LOAD_TIMEOUT_S,
         now: Callable[[], float] = time.monotonic,
@@ -219,6 +217,7 @@ class Tiers(TieringOffloadingManager):
         super().__init__(primary, tiers)
         self._load_timeout_s, self._now = load_timeout_s, now
         self._complained_at = -math.inf
+        primary.withheld = lambda key: key in self._doomed
         self._most_promoted = max(1, primary._num_chunks // 2)
         self._tags: dict[OffloadKey, str] = {}
         self._doomed: set[OffloadKey] = set()
@@ -257,6 +256,10 @@ class Tiers(TieringOffloadingManager):
             promoted.keys.add(key)
             self._tag([key], req_context)
         return started
+
+    def _should_store_to_tier(self, tier: SecondaryTierManager, num_blocks: int) -> bool:
+        stores: bool = getattr(tier, "stores", True)
+        return stores and super()._should_store_to_tier(tier, num_blocks)
 
     def prepare_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext
@@ -298,8 +301,10 @@ class Tiers(TieringOffloadingManager):
         self._doomed.clear()
 
     def behind(self) -> tuple[Tier, ...]:
-        """The tiers that there are, in the order in which they are asked."""
-        return (Tier.HOST, *(_NAMES[tier.medium, tier.locality] for tier in self.secondary_tiers))
+        """The tiers that have blocks of their own, in the order in which they are asked. A peer's
+        are told by the peer."""
+        names = ((tier.medium, tier.locality) for tier in self.secondary_tiers)
+        return (Tier.HOST, *(_NAMES[name] for name in names if name in _NAMES))
 
     def found(self) -> list[bytes]:
         """Engine names of the first group's blocks that are on disk: at a start, what was found."""
@@ -351,6 +356,10 @@ class Tiers(TieringOffloadingManager):
 
     def _remove(self, key: OffloadKey) -> bool:
         """Take a block out of the host tier and overwrite it; False while it is in use."""
+        with self.primary_tier.lock:
+            return self._removed(key)
+
+    def _removed(self, key: OffloadKey) -> bool:
         primary = self.primary_tier
         chunk = primary._policy.get(key)
         if chunk is not None and chunk.ref_cnt != 0:

@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterable
 from vllm.v1.kv_offload.base import OffloadKey, PrepareStoreOutput, ReqContext
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 
+from kv.offload_host import HostTier
 
-class CleanRows(CPUPrimaryTierOffloadingManager):
+
+class CleanRows(HostTier):
     """A host tier that overwrites a row before it is filled; the engine's thread pays for it, so
     it is for models with more than one group of layers."""
 

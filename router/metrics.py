@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
 _ITL_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 _DECISION_S = (25e-6, 50e-6, 1e-4, 1.5e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
+# How blocks of tiers travel.
+_TRANSPORTS = (("host", "local"), ("disk", "local"), ("peer", "nixl"), ("vault", "nixl"))
 _RATIO = (0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4)
 
 
@@ -172,7 +174,7 @@ class FleetMetrics(Collector):
             moved.add_metric(["device", lane], n_bytes)
             spent.add_metric(["device", lane], seconds)
         every = [totals for _, totals in self._counted()]
-        for tier, transport in (("host", "local"), ("disk", "local"), ("vault", "nixl")):
+        for tier, transport in _TRANSPORTS:
             n_bytes = sum(getattr(each, f"{tier}_loaded_bytes") for each in every)
             if n_bytes:
                 moved.add_metric([tier, transport], n_bytes)

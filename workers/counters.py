@@ -32,6 +32,7 @@ METRICS_BY_TIER = {
     "vllm:kv_offload_tiering_write_bytes": {Tier.DISK: "disk_stored_bytes"},
     "vllm:kv_offload_tiering_read_bytes": {
         Tier.DISK: "disk_loaded_bytes",
+        Tier.PEER: "peer_loaded_bytes",
         Tier.VAULT: "vault_loaded_bytes",
     },
 }
@@ -40,7 +41,7 @@ METRICS_BY_TIER = {
 LOADED = ("vllm:kv_offload_load_bytes", "vllm:kv_offload_load_time")
 PROMOTED = ("vllm:kv_offload_tiering_read_bytes", "vllm:kv_offload_tiering_read_time")
 # The tiers behind the host tier by the end of their label, which is their class.
-_BY_LABEL = {"DiskTier": Tier.DISK, "VaultTier": Tier.VAULT}
+_BY_LABEL = {"DiskTier": Tier.DISK, "PeerTier": Tier.PEER, "VaultTier": Tier.VAULT}
 
 
 def with_tiers(sources: Sources, loaded: Mapping[CacheHitSource, int] | None) -> Sources:

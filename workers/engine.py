@@ -38,6 +38,8 @@ from workers.erasure import Erased, Erasure
 from workers.events import MirrorEvents
 from workers.messages import Delta, Load, TierLoad
 from workers.mirror import Change
+from workers.peer.keys import PeerKeys
+from workers.peer.tier import PeerTier
 from workers.tiers import with_hints
 from workers.vault.tier import VaultTier
 
@@ -103,6 +105,15 @@ class Engine:
     def start(self) -> None:
         """Begin to step; what was queued before is carried out first."""
         self._thread.start()
+
+    def open_peers(self, host: str, keys: PeerKeys) -> str:
+        """Lend blocks of the host tier to other replicas, at the address that is returned, and
+        fetch theirs; empty without a peer tier. Before `start`."""
+        behind = self._tiers.secondary_tiers if self._tiers is not None else ()
+        for tier in behind:
+            if isinstance(tier, PeerTier):
+                return tier.open(host, keys, self._tiers.primary_tier)
+        return ""
 
     def geometry(self) -> Geometry:
         """What one rank's pages hold, as allocated."""

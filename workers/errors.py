@@ -4,6 +4,7 @@ WorkerError
 ├── EngineOptionError   an `engine:` option that vLLM refuses
 ├── EngineStartError    the engine could not start
 ├── EngineDeadError     the engine's step loop ended
+├── PeerLostError       another replica's host tier does not answer, or not in time
 ├── ReplicaLostError    a replica stopped answering while it held a request
 └── WireError           bytes on the channel that are no message of ours
 """
@@ -44,6 +45,17 @@ class EngineDeadError(WorkerError):
 
     def __str__(self) -> str:
         return f"{self.replica}: the engine's step loop ended: {self.complaint}"
+
+
+class PeerLostError(WorkerError):
+    """Another replica does not lend its blocks, or not in time; they are computed."""
+
+    def __init__(self, address: str, complaint: str) -> None:
+        super().__init__(address, complaint)
+        self.address, self.complaint = address, complaint
+
+    def __str__(self) -> str:
+        return f"peer {self.address}: {self.complaint}"
 
 
 class ReplicaLostError(WorkerError):

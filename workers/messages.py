@@ -55,6 +55,8 @@ class Replica(msgspec.Struct, frozen=True):
     prefill_samples: tuple[tuple[int, int, float], ...]
     step_s: float
     hardware: str = ""
+    # Where other replicas are lent its host tier's blocks; empty where they are not.
+    peer_address: str = ""
     wire_version: int = WIRE_VERSION
 
 
@@ -232,7 +234,7 @@ class Totals(msgspec.Struct, frozen=True):
     failed_transfers: int = 0
     expired_leases: int = 0
     # Prompt tokens that a tier brought, and bytes between tiers: what the host tier took from the
-    # engine and gave to it, what the disk tier and the vault took from the host tier and gave it.
+    # engine and gave to it, what those behind it took from the host tier and gave it.
     prompt_tokens_host: int = 0
     prompt_tokens_disk: int = 0
     prompt_tokens_peer: int = 0
@@ -243,6 +245,7 @@ class Totals(msgspec.Struct, frozen=True):
     disk_loaded_bytes: int = 0
     vault_stored_bytes: int = 0
     vault_loaded_bytes: int = 0
+    peer_loaded_bytes: int = 0
     failed_loads: int = 0
 
     def plus(self, other: "Totals") -> "Totals":

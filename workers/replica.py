@@ -16,6 +16,7 @@ from workers import connector, lanes
 from workers.curve import ClientKeys, ServerKeys
 from workers.errors import EngineDeadError, EngineStartError
 from workers.messages import Replica, Role
+from workers.peer.keys import PeerKeys
 from workers.server import ReplicaServer
 from workers.tiers import Tiers, model_identity, with_tiers
 
@@ -43,6 +44,7 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     tiers: Tiers = Tiers()
     vault_keys: ClientKeys | None = None
+    peer_keys: PeerKeys | None = None
 
 
 class ReplicaProcess:
@@ -82,6 +84,8 @@ class ReplicaProcess:
             transfer = with_tiers(transfer, settings.tiers, identity)
         config = options.engine_config(parsed, transfer, events=True)
         self._engine = Engine(config, self._server.report)
+        keys = settings.peer_keys
+        peer_address = "" if keys is None else self._engine.open_peers(settings.host, keys)
         samples, step_s = probe(self._engine.core, settings.probe_s, settings.seed)
         if self._engine.vault is not None and settings.vault_keys is not None:
             measured = [PrefillSample(*sample) for sample in samples]
@@ -102,6 +106,7 @@ class ReplicaProcess:
             prefill_samples=samples,
             step_s=step_s,
             hardware=options.hardware(config),
+            peer_address=peer_address,
         )
 
     async def serve(self) -> None:

@@ -36,6 +36,9 @@ _MATCHERS = {
     Tier.VAULT: {"medium": "STORAGE", "locality": "REMOTE"},
 }
 
+# In a request's kv_transfer_params: which replica has its blocks (`with_peer`).
+PEER = "remote_kv_source"
+
 
 class HostTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Shared memory of one replica."""
@@ -83,11 +86,26 @@ def shard_names(shards: int) -> tuple[str, ...]:
     return tuple(f"vault-{number}" for number in range(shards))
 
 
+class PeerTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Other replicas' host tiers; a request waits for one at most `timeout_s` in all."""
+
+    timeout_s: Annotated[float, Meta(gt=0, le=30)] = 2.0
+
+
+class PeerHint(msgspec.Struct, frozen=True):
+    """Which replica has a request's blocks: its `Replica.peer_address`. A plan that waits for less
+    than the tier does says so by `timeout_s`."""
+
+    address: str
+    timeout_s: Annotated[float, Meta(gt=0)] | None = None
+
+
 class Tiers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where evicted blocks stay; nothing is kept where none is set."""
 
     host: HostTier | None = None
     disk: DiskTier | None = None
+    peer: PeerTier | None = None
     vault: Vault | None = None
     # The longest that a request waits for blocks; then it computes what has not come.
     load_timeout_s: Annotated[float, Meta(gt=0)] = 5.0
@@ -157,6 +175,22 @@ def _told(hints: Hints) -> dict[str, Any]:
     return told
 
 
+def with_peer(params: Mapping[str, Any] | None, peer: PeerHint) -> dict[str, Any]:
+    """A request's `kv_transfer_params` with the replica that is to be asked for its blocks."""
+    hint = {"address": peer.address}
+    timeout = {} if peer.timeout_s is None else {"timeout_s": peer.timeout_s}
+    return {**(params or {}), PEER: {**hint, **timeout}}
+
+
+def peer_of(params: Mapping[str, Any] | None) -> PeerHint | None:
+    """The hint in a request's `kv_transfer_params`; None without one that makes sense."""
+    try:
+        hint = msgspec.convert((params or {}).get(PEER), PeerHint | None)
+    except msgspec.ValidationError:
+        return None
+    return hint if hint is not None and hint.address.startswith("tcp://") else None
+
+
 def _offloading(tiers: Tiers, identity: str) -> dict[str, Any]:
     extra: dict[str, Any] = {
         "spec_name": "TieredSpec",
@@ -166,12 +200,27 @@ def _offloading(tiers: Tiers, identity: str) -> dict[str, Any]:
         "offload_prompt_only": False,
         "load_timeout_s": tiers.load_timeout_s,
     }
-    behind = [] if tiers.disk is None else [_disk(tiers.disk, identity)]
-    behind += [] if tiers.vault is None else [_vault(tiers.vault, identity)]
-    if behind:
-        # In the order in which they are asked.
+    if behind := _behind_host(tiers, identity):
         extra["secondary_tiers"] = behind
     return extra
+
+
+def _behind_host(tiers: Tiers, identity: str) -> list[dict[str, Any]]:
+    """In the order in which they are asked for a block."""
+    return [
+        *([] if tiers.disk is None else [_disk(tiers.disk, identity)]),
+        *([] if tiers.peer is None else [_peer(tiers.peer, identity)]),
+        *([] if tiers.vault is None else [_vault(tiers.vault, identity)]),
+    ]
+
+
+def _peer(peer: PeerTier, identity: str) -> dict[str, Any]:
+    return {
+        "type": "PeerTier",
+        "module_path": "workers.peer.tier",
+        "timeout_s": peer.timeout_s,
+        "identity": identity,
+    }
 
 
 def _disk(disk: DiskTier, identity: str) -> dict[str, Any]:

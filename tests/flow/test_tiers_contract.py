@@ -47,19 +47,22 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from kv.catalogue import Tier
 from kv.offload import BatchedCopyWorker, TieredConnector, TieredSpec, Tiers
 from kv.offload_disk import TAG, DiskTier, StoreQueue
+from kv.offload_host import HostTier
 from kv.offload_rows import CleanRows
 from kv.plan import Hints
 from kv.promoted import DEADLINE
 from workers.counters import LOADED, METRICS_BY_TIER, PROMOTED, SOURCES, TIER_METRICS
 from workers.errors import EngineOptionError
 from workers.options import namespace
+from workers.peer.tier import PeerTier
 from workers.tiers import NO_TIERS, TIERED_CONNECTOR, VAULT_STORED_BYTES, with_hints
 from workers.vault.tier import VaultTier
 
 
 def test_our_classes_leave_nothing_abstract() -> None:
     """A new version that asks for another method is seen here, not at an engine's start."""
-    for kind in (TieredSpec, Tiers, DiskTier, VaultTier, BatchedCopyWorker, CleanRows, StoreQueue):
+    tiers = (HostTier, CleanRows, DiskTier, PeerTier, VaultTier)
+    for kind in (TieredSpec, Tiers, *tiers, BatchedCopyWorker, StoreQueue):
         assert not getattr(kind, "__abstractmethods__", frozenset())
 
 
@@ -67,6 +70,7 @@ def test_what_we_override_is_still_called_so() -> None:
     """A method that upstream renamed would silently be its own again."""
     of_the_manager = "lookup _initiate_promotion prepare_load prepare_store complete_store"
     of_the_manager += " on_request_finished on_schedule_end has_pending_work reset_cache"
+    of_the_manager += " _should_store_to_tier"
     of_a_tier = ["lookup", "submit_store", "submit_load"]
     of_the_connector = [
         "__init__",
@@ -79,6 +83,7 @@ def test_what_we_override_is_still_called_so() -> None:
         (TieringOffloadingSpec, TieredSpec, ["get_manager", "get_worker"]),
         (TieringOffloadingManager, Tiers, of_the_manager.split()),
         (SecondaryTierManager, DiskTier, of_a_tier),
+        (SecondaryTierManager, PeerTier, of_a_tier),
         (SecondaryTierManager, VaultTier, [*of_a_tier, "get_stats", "drain_jobs"]),
         (OffloadingWorker, BatchedCopyWorker, ["submit_store", "submit_load", "get_finished"]),
         (CPUPrimaryTierOffloadingManager, CleanRows, ["prepare_store"]),

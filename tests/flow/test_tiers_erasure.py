@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext, make_offload_key
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 
 from kv import offload_disk
 from kv.errors import DiskError
 from kv.offload import Tiers
 from kv.offload_disk import DiskTier
+from kv.offload_host import HostTier
 
 PAGE = 4096
 MINE, OTHER = (make_offload_key(name * 32, 0) for name in (b"m", b"o"))
@@ -29,7 +29,7 @@ class _Stack:
 
     def __init__(self, folder: Path) -> None:
         region = SharedOffloadRegion(f"test-{secrets.token_hex(8)}", 8, None, PAGE, PAGE)
-        primary = CPUPrimaryTierOffloadingManager(8, region)
+        primary = HostTier(8, region)
         spec: Any = SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=True))
         view = primary.get_kv_memoryview()
         self.disk = DiskTier(spec, view, "DiskTier", str(folder), 1 << 20, "model")

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCK_TOKENS = 32
 # Beyond the last full block, so that a device hit and a restore compute the same tokens.
 TAIL_TOKENS = 5
+SECRET = b"of these engines".ljust(32)
 
 
 def prompt(seed: int, blocks: int) -> list[int]:
@@ -78,7 +79,8 @@ class TieredEngine:
         hints: dict[str, Any] | None = None,
         **more: Any,
     ) -> dict[str, Any]:
-        """Tokens and logprobs of a prompt, and how many of its tokens came from where."""
+        """Tokens and logprobs of a prompt, and how many of its tokens came from where; `peer` is a
+        `workers.tiers.PeerHint`."""
         asked = {"seed": seed, "blocks": blocks, "n": n, "salt": salt, "hints": hints, **more}
         answer: dict[str, Any] = self.ask("run", **asked)
         return answer
@@ -112,6 +114,7 @@ class Bench:
 
         from workers import connector
         from workers.messages import Role
+        from workers.peer.keys import peer_keys
         from workers.tiers import Tiers, model_identity, with_tiers
 
         self._port = connector.prepare("127.0.0.1", folder / "ucx.log", None)
@@ -132,6 +135,7 @@ class Bench:
             self.adapt(transfer, settings)
         self._said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.engine = Engine(options.engine_config(parsed, transfer, True), self._said.put)
+        self.peer_address = self.engine.open_peers("127.0.0.1", peer_keys(SECRET))
         self.engine.start()
         self._names = iter(range(1_000_000))
         self._mended = threading.Event()
@@ -150,13 +154,21 @@ class Bench:
         first_blocks: int = 0,
         hints: dict[str, Any] | None = None,
         settle: bool = True,
+        peer: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """One request alone; of `first_blocks` and their tail only, if set. `hints` are the fields
-        of `kv.plan.Hints`."""
+        of `kv.plan.Hints`, `peer` those of `workers.tiers.PeerHint`."""
+        from workers.tiers import PeerHint, with_peer
+
         ids = prompt(seed, blocks)
         if first_blocks:
             ids = ids[: first_blocks * BLOCK_TOKENS + TAIL_TOKENS]
-        return self._counted(ids, n, salt, hints=hints, settle=settle)
+        params = None if peer is None else with_peer(None, PeerHint(**peer))
+        return self._counted(ids, n, salt, params, hints=hints, settle=settle)
+
+    def address(self) -> str:
+        """Where peers are lent blocks."""
+        return self.peer_address
 
     def handoff(self, seed: int, blocks: int) -> dict[str, Any]:
         """Compute a prompt and keep it for another engine; its answer has a `handoff`."""

@@ -11,7 +11,7 @@ from cluster.config import DEFAULT, Config, load
 from cluster.errors import ConfigError
 from cluster.home import ROOT
 from cluster.status import describe, is_configured
-from workers.tiers import DiskTier, HostTier, Tiers
+from workers.tiers import DiskTier, HostTier, PeerTier, Tiers
 
 
 def test_the_default_file_loads_and_is_the_reference() -> None:
@@ -99,6 +99,14 @@ def test_tiers_are_off_unless_set_and_their_folder_does_not_move(
     placed = _placed(load(path, {}).tiers)
     disk = DiskTier(path=str(tmp_path / "blocks"), bytes=7)
     assert placed == Tiers(host=HostTier(bytes=5), disk=disk)
+
+
+def test_peers_need_a_host_tier_to_read(tmp_path: Path) -> None:
+    """And what is set is what the replicas get."""
+    with pytest.raises(ConfigError, match=r"tiers\.host"):
+        load(None, {"tiers": {"peer": {}}})
+    config = load(None, {"tiers": {"host": {"bytes": 5}, "peer": {"timeout_s": 1}}})
+    assert config.tiers.peer == PeerTier(timeout_s=1.0)
 
 
 def test_gpus_of_a_replica_are_its_ranks() -> None:

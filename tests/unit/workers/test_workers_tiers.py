@@ -12,12 +12,16 @@ from workers.tiers import (
     TIERED_CONNECTOR,
     DiskTier,
     HostTier,
+    PeerHint,
+    PeerTier,
     Tiers,
     Vault,
     VaultDisk,
     model_identity,
+    peer_of,
     shard_names,
     with_hints,
+    with_peer,
     with_tiers,
 )
 
@@ -98,10 +102,41 @@ def test_a_plan_s_hints_are_in_vllms_words() -> None:
     assert with_hints({"do_remote_prefill": True}, "", fetch)["max_load_tokens"] == 0
 
 
+def test_a_peer_comes_last_and_waits_as_long_as_it_is_set() -> None:
+    """What is on the replica's own disk is not asked for elsewhere."""
+    tiers = Tiers(host=HOST, disk=DISK, peer=PeerTier(timeout_s=1.5))
+    transfer = with_tiers(transfer_config(Role.DECODE, "cpu", 30), tiers, "model")
+    offload = transfer["kv_connector_extra_config"]["connectors"][1]["kv_connector_extra_config"]
+    disk, peer = offload["secondary_tiers"]
+    assert (disk["type"], peer["type"]) == ("DiskTier", "PeerTier")
+    assert (peer["timeout_s"], peer["identity"]) == (1.5, "model")
+
+
+@pytest.mark.parametrize("timeout_s", [None, 0.25])
+def test_a_hint_names_a_peer_beside_what_is_there(timeout_s: float | None) -> None:
+    """It comes back as it was given, through another hint, and leaves its argument alone."""
+    handoff = {"do_remote_decode": True}
+    peer = PeerHint("tcp://10.0.0.1:5", timeout_s)
+    hinted = with_hints(with_peer(handoff, peer), "aa")
+    assert peer_of(hinted) == peer
+    assert hinted["do_remote_decode"]
+    assert hinted["tag"] == "aa"
+    assert handoff == {"do_remote_decode": True}
+
+
+@pytest.mark.parametrize(
+    "params", [None, {}, {"remote_kv_source": 5}, {"remote_kv_source": {"address": "here"}}]
+)
+def test_what_names_no_peer_is_no_hint(params: dict[str, object] | None) -> None:
+    assert peer_of(params) is None
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"host": {"bytes": 0}},
+        {"peer": {"timeout_s": 0}},
+        {"peer": {"timeout_s": 31}},
         {"host": {}},
         {"disk": {"bytes": 5}},
         {"disk": {"path": "", "bytes": 5}},

@@ -1,0 +1,91 @@
+"""The host tier as vLLM keeps it, of which another thread may lend blocks to other replicas.
+
+vLLM's books are for the engine's thread alone. Here each change of them takes a lock, so that a
+block can be pinned between two of the engine's calls instead of between two of its steps: a step
+that computes a prompt takes as long as a fetch is worth.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+from vllm.v1.kv_offload.base import OffloadKey
+from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
+
+from kv.loan import Loan
+
+
+def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def locked(self: "HostTier", *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
+class HostTier(CPUPrimaryTierOffloadingManager):
+    """vLLM's host tier, and loans of its blocks from any thread.
+
+    At most half of the tier is lent at a time. `withheld` says which blocks are not lent though
+    they are there.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.lock = threading.RLock()
+        self.withheld: Callable[[OffloadKey], bool] = lambda _: False
+        self._lent = 0
+        super().__init__(*args, **kwargs)
+
+    touch = _locked(CPUPrimaryTierOffloadingManager.touch)
+    _prepare_load = _locked(CPUPrimaryTierOffloadingManager._prepare_load)
+    complete_load = _locked(CPUPrimaryTierOffloadingManager.complete_load)
+    prepare_store = _locked(CPUPrimaryTierOffloadingManager.prepare_store)
+    complete_store = _locked(CPUPrimaryTierOffloadingManager.complete_store)
+    on_request_finished = _locked(CPUPrimaryTierOffloadingManager.on_request_finished)
+    reset_cache = _locked(CPUPrimaryTierOffloadingManager.reset_cache)
+
+    @property
+    def lent(self) -> int:
+        """Blocks that are lent now, counted once for each loan."""
+        return self._lent
+
+    def here(self, keys: Sequence[bytes]) -> tuple[bool, ...]:
+        """Which of these blocks could be lent."""
+        with self.lock:
+            return tuple(self._lendable(OffloadKey(key)) is not None for key in keys)
+
+    def lend(self, keys: Sequence[bytes]) -> Loan:
+        """Pin these blocks, those that are here, until `give_back`."""
+        rows: list[int | None] = []
+        chunks: list[tuple[bytes, Any]] = []
+        with self.lock:
+            for key in map(OffloadKey, keys):
+                chunk = self._lendable(key)
+                full = self._lent >= self._num_chunks // 2
+                if chunk is None or full:
+                    rows.append(None)
+                    continue
+                if chunk.ref_cnt == 0:
+                    self._policy.mark_non_evictable(key)
+                    self._num_evictable_cache_chunks -= 1
+                chunk.ref_cnt += 1
+                self._lent += 1
+                rows.append(chunk.chunk_id)
+                chunks.append((key, chunk))
+        return Loan(tuple(rows), tuple(chunks))
+
+    def give_back(self, loan: Loan) -> None:
+        """End a loan; once for each."""
+        with self.lock:
+            self._lent -= len(loan.chunks)
+            for key, chunk in loan.chunks:
+                # A reset drops what is lent: the key may name another chunk by now, or none.
+                if self._policy.get(key) is chunk:
+                    self.complete_load([key], None)
+
+    def _lendable(self, key: OffloadKey) -> Any:
+        chunk = self._policy.get(key)
+        ready = chunk is not None and chunk.is_ready
+        return chunk if ready and not self.withheld(key) else None

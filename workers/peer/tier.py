@@ -1,0 +1,327 @@
+"""The peer tier as vLLM's offloading framework sees it: another replica's host tier over NIXL.
+
+vLLM's own `p2p` tier is moved by the engine's steps, on both sides, and keeps both stepping at
+rest; it writes into the reader's memory, which a reader that gave up may have given to another
+block; and it has no checksums (docs/decisions/0016). Nothing of it is used here.
+"""
+
+import threading
+import time
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import zmq
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import (
+    Locality,
+    LookupResult,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kv.offload_disk import layout_of, tag_of
+from kv.offload_host import HostTier
+from workers.curve import ClientKeys
+from workers.errors import PeerLostError
+from workers.peer import wire
+from workers.peer.fetch import fetch
+from workers.peer.keys import PeerKeys
+from workers.peer.line import Line
+from workers.peer.server import PeerServer
+from workers.peer.session import Session
+from workers.tiers import peer_of
+
+logger = init_logger(__name__)
+
+# After a tenant was forgotten here, how long its blocks are taken from nobody: the order reaches
+# the replica that holds them a little earlier or later.
+FORGOTTEN_S = 60.0
+# Peers that were asked and may be asked again; an ended replica's address never comes back.
+_MOST_LINES = 256
+
+
+class Question:
+    """What one request wants to know of its peer, and how long it waits in all."""
+
+    def __init__(self, line: Line, timeout_s: float) -> None:
+        self.line, self._timeout_s = line, timeout_s
+        self._deadline_s: float | None = None
+        self.answers: dict[bytes, bool | None] = {}
+        self.unsent: list[bytes] = []
+        self.failed = False
+
+    @property
+    def deadline_s(self) -> float:
+        """From the first time that it is asked for: a request may have queued before."""
+        if self._deadline_s is None:
+            self._deadline_s = time.monotonic() + self._timeout_s
+        return self._deadline_s
+
+    def look(self, key: OffloadKey) -> LookupResult:
+        """Whether the peer has a block; RETRY while it has not said."""
+        if self.line.resting:
+            self.failed = True
+        elif key not in self.answers:
+            self.answers[key] = None
+            self.unsent.append(key)
+        here = self.answers.get(key)
+        if time.monotonic() >= self.deadline_s:
+            self.failed = True
+            if here is None:
+                self.line.rest("no answer in time")
+        if self.failed:
+            return LookupResult.MISS
+        if here is None:
+            return LookupResult.RETRY
+        return LookupResult.HIT if here else LookupResult.MISS
+
+
+class Finding:
+    """The job of asking which blocks a peer has."""
+
+    def __init__(self, question: Question, keys: list[bytes]) -> None:
+        self._question, self._keys = question, keys
+        self.deadline_s = question.deadline_s
+
+    def over(self) -> bool:
+        return self._question.failed
+
+    def run(self, session: Session) -> None:
+        for at in range(0, len(self._keys), wire.MOST_KEYS):
+            keys = tuple(self._keys[at : at + wire.MOST_KEYS])
+            number = session.number()
+            session.tell(wire.Find(number, keys))
+            here = session.answer(wire.Found, number, self.deadline_s).here
+            if len(here) != len(keys):
+                raise PeerLostError(session.address, f"{len(here)} answers for {len(keys)} blocks")
+            # At once: what is not answered is asked for meanwhile.
+            self._question.answers.update(zip(keys, here, strict=True))
+
+    def fail(self) -> None:
+        self._question.failed = True
+
+
+class Load:
+    """The job of fetching blocks into rows of the host tier.
+
+    It ends once: when all has come, when the peer failed, or at its deadline by the engine's
+    thread, whatever the line's thread is doing then. Nothing is written into a row after that.
+    """
+
+    def __init__(
+        self, job: TransferJob, question: Question, view: memoryview, verifying: ThreadPoolExecutor
+    ) -> None:
+        self.job, self.question = job, question
+        self.deadline_s, self.began_s = question.deadline_s, time.monotonic()
+        self._verifying = verifying
+        self._keys = list(job.keys)
+        self._row_bytes = view.strides[0] if view.strides else 0
+        self._rows = [view[row : row + 1].cast("B") for row in job.chunk_ids.tolist()]
+        self._landed: list[OffloadKey] = []
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def over(self) -> bool:
+        return self._ended.is_set()
+
+    def run(self, session: Session) -> None:
+        damaged = fetch(session, self._verifying, self._keys, self._land, self.deadline_s)
+        self._end()
+        if damaged:
+            words = "peer %s: %d of %d blocks came damaged and are computed"
+            logger.warning(words, session.address, damaged, len(self._keys))
+
+    def fail(self) -> None:
+        """What has come stays; the rest is a miss."""
+        self.question.failed = True
+        self._end()
+
+    def late(self) -> bool:
+        """Whether the deadline is over before it ended."""
+        return not self.over() and time.monotonic() >= self.deadline_s
+
+    def wait(self) -> None:
+        """Until it has ended, its deadline at the latest."""
+        if not self._ended.wait(max(0.0, self.deadline_s - time.monotonic())):
+            self.fail()
+
+    def result(self) -> JobResult:
+        """To be asked for once it is over."""
+        done = tuple(self._landed)
+        # Another try would fail as well, and end in as many bytes.
+        missing = set(self._keys).difference(done)
+        self.question.answers.update(dict.fromkeys(missing, False))
+        return JobResult(
+            self.job.job_id,
+            success=not missing,
+            successful_keys=done,
+            transfer_time=time.monotonic() - self.began_s,
+            transfer_bytes=len(done) * self._row_bytes,
+        )
+
+    def _land(self, index: int, block: memoryview) -> None:
+        with self._lock:
+            if not self.over():
+                # numpy's copy lets other threads run.
+                np.copyto(
+                    np.frombuffer(self._rows[index], np.uint8), np.frombuffer(block, np.uint8)
+                )
+                self._landed.append(self._keys[index])
+
+    def _end(self) -> None:
+        with self._lock:
+            self._ended.set()
+            self._rows = []
+
+
+class PeerTier(SecondaryTierManager):
+    """Blocks of the replica that a request's hint names (`workers.tiers.with_peer`).
+
+    A miss for everything until `open` was called, and for requests without a hint. The engine's
+    thread only.
+    """
+
+    cache_hit_source: ClassVar[CacheHitSource] = CacheHitSource.P2P
+    # Each replica's host tier has its own blocks; nothing is sent to a peer.
+    stores: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        offloading_spec: TieringOffloadingSpec,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        timeout_s: float,
+        identity: str,
+        backpressure_detector: Any = None,
+    ) -> None:
+        """`identity` says all of the model and its options that the spec does not know."""
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        self.locality = Locality.REMOTE
+        self._timeout_s = timeout_s
+        self._fingerprint = layout_of(offloading_spec, identity)
+        self._keys: ClientKeys | None = None
+        self.server: PeerServer | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._verifying = ThreadPoolExecutor(1, thread_name_prefix="peer-verify")
+        self._lines: dict[str, Line] = {}
+        self._asking: list[Question] = []
+        self._loads: dict[int, Load] = {}
+        self._finished: list[JobResult] = []
+        self._forgotten: dict[str, float] = {}
+
+    def open(self, host: str, keys: PeerKeys, lender: HostTier) -> str:
+        """Lend the host tier's blocks to peers from now on, at the address that is returned, and
+        fetch theirs. From any thread, before the engine steps."""
+        view = self._primary_kv_view
+        self.server = PeerServer(host, keys.server, self._fingerprint, lender, view)
+        self._keys = keys.client
+        return self.server.address
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        hint = peer_of(req_context.kv_transfer_params)
+        if hint is not None and self._keys is not None and hint.address != self._own_address:
+            timeout_s = min(self._timeout_s, hint.timeout_s or self._timeout_s)
+            req_context.set_state(Question(self._line(hint.address), timeout_s))
+        return RequestOffloadingContext()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        question = req_context.get_state(Question)
+        if question is None or question.failed or self._is_forgotten(req_context):
+            return LookupResult.MISS
+        found = question.look(key)
+        if question.unsent and question not in self._asking:
+            self._asking.append(question)
+        return found
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        asking, self._asking = self._asking, []
+        for question in asking:
+            keys, question.unsent = question.unsent, []
+            question.line.submit(Finding(question, keys))
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        question = job_metadata.req_context.get_state(Question)
+        assert question is not None, "a block was found without a question"
+        load = Load(job_metadata, question, self._primary_kv_view, self._verifying)
+        self._loads[job_metadata.job_id] = load
+        if question.failed or self._is_forgotten(job_metadata.req_context):
+            load.fail()
+        else:
+            question.line.submit(load)
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        # `kv.offload.Tiers` gives no such jobs to a tier that does not store.
+        self._finished.append(JobResult(job_metadata.job_id, success=True))
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        for job_id, load in list(self._loads.items()):
+            if load.late():
+                load.question.line.rest(f"{len(load.job.keys)} blocks did not come in time")
+                load.fail()
+            if load.over():
+                self._finished.append(self._loads.pop(job_id).result())
+        finished, self._finished = self._finished, []
+        return finished
+
+    def erase(self, tags: Collection[str]) -> int:
+        """Take no more blocks of these tenants for `FORGOTTEN_S`, and overwrite what is left of
+        earlier ones on their way; always 0, since blocks themselves are the host tier's."""
+        now = time.monotonic()
+        self._forgotten = {tag: until for tag, until in self._forgotten.items() if until > now}
+        self._forgotten.update(dict.fromkeys(tags, now + FORGOTTEN_S))
+        for load in self._loads.values():
+            if tag_of(load.job.req_context) in tags:
+                load.fail()
+        for line in self._lines.values():
+            line.wipe()
+        return 0
+
+    def drain_jobs(self) -> None:
+        for load in self._loads.values():
+            load.wait()
+
+    def shutdown(self) -> None:
+        for load in self._loads.values():
+            load.fail()
+        for line in self._lines.values():
+            line.close()
+        if self.server is not None:
+            self.server.close()
+            self.server = None
+        self._verifying.shutdown(wait=False)
+
+    @property
+    def _own_address(self) -> str | None:
+        return None if self.server is None else self.server.address
+
+    def _is_forgotten(self, req_context: ReqContext) -> bool:
+        if not self._forgotten:
+            return False
+        return time.monotonic() < self._forgotten.get(tag_of(req_context), 0.0)
+
+    def _line(self, address: str) -> Line:
+        line = self._lines.pop(address, None)
+        if line is None:
+            assert self._keys is not None
+            connect = partial(
+                Session,
+                self._context,
+                address,
+                self._keys,
+                self._fingerprint,
+                self._block_size_bytes,
+            )
+            line = Line(address, connect)
+        # The youngest last; the oldest goes.
+        self._lines[address] = line
+        if len(self._lines) > _MOST_LINES:
+            self._lines.pop(next(iter(self._lines))).close()
+        return line
