@@ -17,6 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_offload.base import (
     Locality,
+    LookupResult,
     Medium,
     OffloadingWorker,
     ReqContext,
@@ -84,7 +85,11 @@ def test_what_we_override_is_still_called_so() -> None:
         (TieringOffloadingManager, Tiers, of_the_manager.split()),
         (SecondaryTierManager, DiskTier, of_a_tier),
         (SecondaryTierManager, PeerTier, of_a_tier),
-        (SecondaryTierManager, VaultTier, [*of_a_tier, "get_stats", "drain_jobs"]),
+        (
+            SecondaryTierManager,
+            VaultTier,
+            [*of_a_tier, "get_stats", "drain_jobs", "on_schedule_end"],
+        ),
         (OffloadingWorker, BatchedCopyWorker, ["submit_store", "submit_load", "get_finished"]),
         (CPUPrimaryTierOffloadingManager, CleanRows, ["prepare_store"]),
         (BackpressureDetector, StoreQueue, ["should_store", "on_store_completed", "reset"]),
@@ -99,6 +104,18 @@ def test_a_refused_promotion_is_a_miss() -> None:
     """What ends a request's retries: `_initiate_promotion` answers False."""
     source = inspect.getsource(TieringOffloadingManager.lookup)
     assert "MISS if not promoted" in source
+
+
+def test_a_request_waits_whatever_is_missed_behind_a_later() -> None:
+    """A miss ends the search for a prefix, and "later" before it is not forgotten."""
+    keys = [make_offload_key(bytes([at]) * 32, 0) for at in range(4)]
+    answers = iter([LookupResult.HIT, LookupResult.RETRY, LookupResult.MISS])
+    theirs = object.__new__(scheduler.OffloadingConnectorScheduler)
+    vars(theirs).update(
+        manager=SimpleNamespace(lookup=lambda *_: next(answers)),
+        _events_tracker=SimpleNamespace(record_lookup=lambda *_: None),
+    )
+    assert theirs._maximal_prefix_lookup(keys, None, None, None, 0) is None
 
 
 def test_the_shared_region_keeps_its_name_and_its_creator() -> None:

@@ -152,6 +152,21 @@ def test_a_lookup_never_waits(stack: Callable[[], _Stack], running: ShardHandle)
     running.send(signal.SIGCONT)
 
 
+def test_a_prompt_is_not_searched_while_it_waits(
+    stack: Callable[[], _Stack], running: ShardHandle
+) -> None:
+    """In each step the first block looked up says "later", and a miss behind it ends the search;
+    whichever is the first, since blocks before it may have come by other ways."""
+    one = stack()
+    running.send(signal.SIGSTOP)
+    context = one.request("a", 20)
+    for first in (0, 0, 3):
+        results = [one.tiers.lookup(key, context) for key in KEYS[first:20]]
+        assert results == [LookupResult.RETRY] + [LookupResult.MISS] * (19 - first)
+        one.step()
+    running.send(signal.SIGCONT)
+
+
 def test_a_vault_that_does_not_keep_up_is_not_waited_for(
     stack: Callable[[], _Stack], monkeypatch: pytest.MonkeyPatch
 ) -> None:
