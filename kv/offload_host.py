@@ -6,7 +6,7 @@ that computes a prompt takes as long as a fetch is worth.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from typing import Any
 
@@ -36,6 +36,8 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         self.lock = threading.RLock()
         self.withheld: Callable[[OffloadKey], bool] = lambda _: False
         self._lent = 0
+        self._held: set[int] = set()
+        self._freed: set[int] = set()
         super().__init__(*args, **kwargs)
 
     touch = _locked(CPUPrimaryTierOffloadingManager.touch)
@@ -84,6 +86,25 @@ class HostTier(CPUPrimaryTierOffloadingManager):
                 # A reset drops what is lent: the key may name another chunk by now, or none.
                 if self._policy.get(key) is chunk:
                     self.complete_load([key], None)
+
+    def hold_back(self, rows: Collection[int]) -> None:
+        """Give these rows to no block once they are free: bytes may still come into them."""
+        with self.lock:
+            self._held.update(rows)
+
+    def let_go(self, rows: Collection[int]) -> None:
+        """Nothing comes into these rows any more."""
+        with self.lock:
+            self._held.difference_update(rows)
+            free = self._freed.intersection(rows)
+            self._freed -= free
+            self._free_list.extend(free)
+
+    def _free_chunk(self, chunk: Any) -> None:
+        if chunk.chunk_id in self._held:
+            self._freed.add(chunk.chunk_id)
+        else:
+            super()._free_chunk(chunk)
 
     def _lendable(self, key: OffloadKey) -> Any:
         chunk = self._policy.get(key)

@@ -1,9 +1,9 @@
 """Fetching blocks from another replica's host tier against raw NIXL between the same processes.
 
 Raw is one batched NIXL job that reads the same rows, nothing else. A fetch has beside it its
-messages, the lender's checksums and leases, the reader's checksums, and the copy from where blocks
-come into rows of the host tier. Repeats of both alternate. The lender is a process that lends out
-of plain memory, so that no engine's computing is part of either.
+messages, the lender's checksums and leases, and the reader's checksums. Both read into the same
+memory, and repeats of both alternate. The lender is a process that lends out of plain memory, so
+that no engine's computing is part of either.
 """
 
 import os
@@ -21,7 +21,6 @@ import zmq
 from benchmarks.result import Row, at_least, shown, spread
 from tests.peer.lending_process import FINGERPRINT, SECRET, key, lender
 from workers import connector
-from workers.peer import session as sessions
 from workers.peer.keys import peer_keys
 from workers.peer.session import Session
 
@@ -50,8 +49,7 @@ def _rows(name: str, address: str, count: int, row_bytes: int, repeats: int) -> 
     host = memoryview(bytearray(count * row_bytes)).cast("B", (count, row_bytes))
     size_bytes = count * row_bytes
     with (
-        _session(address, row_bytes, job_bytes=size_bytes) as raw,
-        _session(address, row_bytes, job_bytes=sessions.JOB_BYTES) as ours,
+        _session(address, host) as session,
         ThreadPoolExecutor(1) as verifying,
     ):
         # The first of each connects and touches memory for the first time.
@@ -59,9 +57,10 @@ def _rows(name: str, address: str, count: int, row_bytes: int, repeats: int) -> 
             for step in samples:
                 begun = time.perf_counter()
                 if step == "raw_read":
-                    raw.read(0, range(count), time.monotonic() + TIMEOUT_S)
+                    every = [(row, row) for row in range(count)]
+                    session.read(every, time.monotonic() + TIMEOUT_S)
                 else:
-                    _fetch(ours, verifying, host)
+                    _fetch(session, verifying, host)
                 if turn >= 0:
                     samples[step].append(size_bytes / (time.perf_counter() - begun) / 1e6)
     _check(host)
@@ -75,16 +74,11 @@ def _rows(name: str, address: str, count: int, row_bytes: int, repeats: int) -> 
 
 
 @contextmanager
-def _session(address: str, row_bytes: int, job_bytes: int) -> Iterator[Session]:
-    before, sessions.JOB_BYTES = sessions.JOB_BYTES, job_bytes
+def _session(address: str, host: memoryview) -> Iterator[Session]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    deadline_s = time.monotonic() + TIMEOUT_S
     keys = peer_keys(SECRET).client
-    try:
-        deadline_s = time.monotonic() + TIMEOUT_S
-        made = Session(context, address, keys, FINGERPRINT, row_bytes, deadline_s)
-    finally:
-        sessions.JOB_BYTES = before
-    with closing(made):
+    with closing(Session(context, address, keys, FINGERPRINT, host, deadline_s)) as made:
         yield made
     context.term()
 
@@ -97,7 +91,8 @@ def _fetch(session: Session, verifying: ThreadPoolExecutor, host: memoryview) ->
     keys = [key(row) for row in range(count)]
     job: Any = SimpleNamespace(job_id=0, keys=keys, chunk_ids=np.arange(count))
     question: Any = SimpleNamespace(deadline_s=time.monotonic() + TIMEOUT_S, answers={})
-    load = Load(job, question, host, verifying)
+    books: Any = SimpleNamespace(let_go=lambda rows: None)
+    load = Load(job, question, host, books, verifying)
     load.run(session)
     assert load.result().success
 

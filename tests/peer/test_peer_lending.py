@@ -54,7 +54,8 @@ def connected(
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     deadline_s = time.monotonic() + within_s
     try:
-        made = Session(context, address, keys, fingerprint, row_bytes, deadline_s)
+        here = memoryview(bytearray(2 * ROWS * row_bytes)).cast("B", (2 * ROWS, row_bytes))
+        made = Session(context, address, keys, fingerprint, here, deadline_s)
         with closing(made):
             yield made
     finally:
@@ -63,16 +64,19 @@ def connected(
 
 def fetched(session: Session, keys: list[bytes], within_s: float = 5.0) -> dict[int, bytes]:
     """Blocks that came whole, by index."""
-    blocks: dict[int, bytes] = {}
-    deadline_s = time.monotonic() + within_s
+    assert session._window is not None
+    memory, blocks = session._window.memory, dict[int, bytes]()
+    # From the last of our rows to the first.
+    rows = [2 * ROWS - 1 - at for at in range(len(keys))]
+    wanted = [
+        (name, row, memory[row : row + 1].cast("B")) for name, row in zip(keys, rows, strict=True)
+    ]
+
+    def land(at: int) -> None:
+        blocks[at] = bytes(wanted[at][2])
+
     with ThreadPoolExecutor(1) as verifying:
-        fetch(
-            session,
-            verifying,
-            keys,
-            lambda at, block: blocks.update({at: bytes(block)}),
-            deadline_s,
-        )
+        fetch(session, verifying, wanted, land, time.monotonic() + within_s)
     return blocks
 
 

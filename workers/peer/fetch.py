@@ -1,7 +1,7 @@
 """How blocks are read in jobs, so that checksums and messages overlap with bytes.
 
 While one job is read the lender computes the checksums of the next, and a thread here verifies the
-one before and hands its blocks on.
+one before.
 """
 
 import time
@@ -14,33 +14,36 @@ from workers.errors import PeerLostError
 from workers.peer import wire
 from workers.peer.session import Session
 
-# Takes the index of a block and its bytes, which are whole, and are the caller's until it returns.
-Land = Callable[[int, memoryview], None]
+# Takes the index of a block that is in its row, whole.
+Land = Callable[[int], None]
+# A key, our row for its block, and the row's bytes.
+Wanted = tuple[bytes, int, memoryview]
 
 
 def fetch(
     session: Session,
     verifying: ThreadPoolExecutor,
-    keys: Sequence[bytes],
+    wanted: Sequence[Wanted],
     land: Land,
     deadline_s: float,
 ) -> int:
-    """Read blocks and `land` each that is whole; how many came damaged. What the lender has no
-    more does not come.
+    """Read blocks into their rows and `land` each that is whole; how many came damaged. What the
+    lender has no more does not come.
 
-    Raises PeerLostError where that does not end by the deadline; what has landed is whole.
+    Raises PeerLostError where that does not end by the deadline: what has landed is whole, and
+    bytes may come into the other rows until the session is closed.
     """
     jobs = [
-        range(at, min(at + session.job_rows, len(keys)))
-        for at in range(0, len(keys), session.job_rows)
+        range(at, min(at + session.job_rows, len(wanted)))
+        for at in range(0, len(wanted), session.job_rows)
     ]
     numbers: list[int] = []
 
     def ask(job: range) -> None:
         numbers.append(session.number())
-        wanted = tuple(keys[index] for index in job)
+        keys = tuple(wanted[index][0] for index in job)
         # The lender counts from later on: what ends by the deadline has ended before its lease.
-        session.tell(wire.Get(numbers[-1], wanted, deadline_s - time.monotonic()))
+        session.tell(wire.Get(numbers[-1], keys, deadline_s - time.monotonic()))
 
     damaged = 0
     before: Future[int] | None = None
@@ -51,11 +54,11 @@ def fetch(
             ask(jobs[at + 1])
         lent = _lent(session, numbers[at], len(job), deadline_s)
         there = [(index, place) for index, place in zip(job, lent, strict=True) if place]
-        frames = session.read(at % 2, [place.row for _, place in there], deadline_s)
+        session.read([(wanted[index][1], place.row) for index, place in there], deadline_s)
         session.tell(wire.Done(numbers[at]))
-        # The one before is done with its half before the next job takes it.
         damaged += before.result() if before is not None else 0
-        before = verifying.submit(_landed, there, frames, land)
+        told = [(index, wanted[index][2], place.checksum) for index, place in there]
+        before = verifying.submit(_landed, told, land)
     return damaged + (before.result() if before is not None else 0)
 
 
@@ -68,14 +71,12 @@ def _lent(
     return places
 
 
-def _landed(
-    there: Sequence[tuple[int, wire.Place]], frames: Sequence[memoryview], land: Land
-) -> int:
+def _landed(told: Sequence[tuple[int, memoryview, int]], land: Land) -> int:
     """How many were damaged."""
     damaged = 0
-    for (index, place), frame in zip(there, frames, strict=True):
-        if xxh3_64_intdigest(frame) == place.checksum:
-            land(index, frame)
+    for index, row, checksum in told:
+        if xxh3_64_intdigest(row) == checksum:
+            land(index)
         else:
             damaged += 1
     return damaged

@@ -45,7 +45,7 @@ class Line:
         self._connect = connect
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._state = threading.Lock()
-        self._running = self._closed = self._wipe = False
+        self._running = self._closed = False
         self._again_s, self._rest_s = 0.0, REST_S
 
     @property
@@ -73,13 +73,6 @@ class Line:
         words = "peer %s: %s; what it has is computed here, and it is not asked for %.1f s"
         logger.warning(words, self.address, complaint, pause_s)
 
-    def wipe(self) -> None:
-        """Overwrite what earlier jobs left in memory, once the one that runs has ended."""
-        with self._state:
-            if self._running:
-                self._wipe = True
-                self._jobs.put(None)
-
     def close(self) -> None:
         """End the connection once the job that runs has ended."""
         with self._state:
@@ -90,12 +83,12 @@ class Line:
 
     def _run(self) -> None:
         session: Session | None = None
-        while (job := self._next(session)) is not None:
+        while (job := self._next()) is not None:
             session = self._attempt(job, session)
         if session is not None:
             session.close()
 
-    def _next(self, session: Session | None) -> Job | None:
+    def _next(self) -> Job | None:
         """The next job; None to end."""
         while True:
             try:
@@ -106,9 +99,6 @@ class Line:
                     if self._jobs.empty():
                         self._running = False
                         return None
-            if self._wipe and session is not None:
-                session.wipe()
-            self._wipe = False
             if self._closed:
                 return None
             if job is not None:
@@ -127,9 +117,10 @@ class Line:
             job.run(session)
         except Exception as error:  # the thread's edge; NIXL may refuse to make an agent too
             self.rest(error.complaint if isinstance(error, PeerLostError) else repr(error))
-            job.fail()
+            # First, since bytes may still come into the job's rows.
             if session is not None:
                 session.close()
+            job.fail()
             return None
         self._rest_s = REST_S
         return session

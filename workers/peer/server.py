@@ -58,7 +58,7 @@ class PeerServer:
             lender,
             memory,
         )
-        self._window = Window(memory)
+        self._window = Window(memory, serves=True)
         assert memory.shape is not None
         rows, row_bytes = memory.shape
         self._welcome = wire.Welcome(self._window.metadata, self._window.base, row_bytes, rows)

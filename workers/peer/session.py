@@ -1,7 +1,8 @@
 """A reader's connection to one lender. Every call ends by its deadline.
 
-Whatever goes wrong costs the connection: messages or bytes may still be under way, so the socket,
-the NIXL agent and the memory that it may still write go together (`workers.vault.region`).
+Whatever goes wrong costs the connection: messages or bytes may still be under way, so the socket
+and the NIXL agent go together. Until they are closed bytes may still come into rows that were read
+to.
 """
 
 import itertools
@@ -15,7 +16,8 @@ from kv.errors import VaultLostError
 from workers import curve
 from workers.errors import PeerLostError, WireError
 from workers.peer import wire
-from workers.vault.region import READ, Piece, Region
+from workers.peer.window import Window
+from workers.vault.region import READ, Piece
 
 # Bytes of one NIXL job: large enough for its speed, and while one moves the last is verified.
 JOB_BYTES = 4 << 20
@@ -32,13 +34,14 @@ class Session:
         address: str,
         keys: curve.ClientKeys,
         fingerprint: str,
-        row_bytes: int,
+        memory: memoryview,
         deadline_s: float,
     ) -> None:
-        """Raises PeerLostError where the lender does not welcome us by the deadline."""
-        self.address, self.row_bytes = address, row_bytes
-        # Rows of one job; staging holds two jobs, one that comes and one that is verified.
-        self.job_rows = min(wire.MOST_KEYS, max(1, JOB_BYTES // row_bytes))
+        """`memory`, of (rows, row bytes), is where blocks are read to. Raises PeerLostError where
+        the lender does not welcome us by the deadline."""
+        assert memory.shape is not None
+        self.address, self.row_bytes = address, memory.shape[1]
+        self.job_rows = min(wire.MOST_KEYS, max(1, JOB_BYTES // self.row_bytes))
         self._numbers = itertools.count()
         self._early: dict[tuple[type[wire.Reply], int], wire.Reply] = {}
         self._socket = context.socket(zmq.DEALER)
@@ -51,10 +54,10 @@ class Session:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._region: Region | None = None
+        self._window: Window | None = None
         try:
             self._socket.connect(address)
-            self._meet(fingerprint, deadline_s)
+            self._meet(fingerprint, memory, deadline_s)
         except zmq.ZMQError as error:
             self.close()
             raise self._lost(str(error)) from error
@@ -81,45 +84,37 @@ class Session:
             self._early[type(reply), getattr(reply, "number", 0)] = reply
         return cast(_Reply, self._early.pop((kind, number)))
 
-    def read(self, half: int, rows: Sequence[int], deadline_s: float) -> list[memoryview]:
-        """Read the lender's rows as one job into one half of staging, where they stay until the
-        same half is read into again. Raises PeerLostError where that does not end in time."""
-        assert self._region is not None
-        start = half * self.job_rows * self.row_bytes
-        offsets = [start + at * self.row_bytes for at in range(len(rows))]
+    def read(self, rows: Sequence[tuple[int, int]], deadline_s: float) -> None:
+        """Read rows as one job: which of ours each comes to, and which of the lender's it is.
+        Raises PeerLostError where that does not end in time."""
+        assert self._window is not None
         pieces = [
-            Piece(offset, self._base + row * self.row_bytes, self.row_bytes)
-            for offset, row in zip(offsets, rows, strict=True)
+            Piece(here * self.row_bytes, self._base + there * self.row_bytes, self.row_bytes)
+            for here, there in rows
         ]
         try:
-            self._region.move(READ, self._peer, pieces, lambda: self._ended(deadline_s))
+            self._window.move(READ, self._peer, pieces, lambda: self._ended(deadline_s))
         except VaultLostError as error:
             raise self._lost(str(error.args[1])) from error
-        return [self._region.memory[offset : offset + self.row_bytes] for offset in offsets]
-
-    def wipe(self) -> None:
-        """Overwrite what was read and is still in staging."""
-        if self._region is not None:
-            self._region.memory[:] = bytes(len(self._region.memory))
 
     def close(self) -> None:
-        """Safe to call twice."""
-        if self._region is not None:
-            self._region.close()
-            self._region = None
+        """Safe to call twice. Afterwards nothing comes into any row."""
+        if self._window is not None:
+            self._window.close()
+            self._window = None
         if not self._socket.closed:
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
             self._socket.close(linger=0)
 
-    def _meet(self, fingerprint: str, deadline_s: float) -> None:
+    def _meet(self, fingerprint: str, memory: memoryview, deadline_s: float) -> None:
         self.tell(wire.Hello(wire.PEER_VERSION, fingerprint))
         welcome = self.answer(wire.Welcome, 0, deadline_s)
         if welcome.row_bytes != self.row_bytes:
             raise self._lost(f"rows of {welcome.row_bytes} bytes, ours have {self.row_bytes}")
         try:
-            self._region = Region(2 * self.job_rows * self.row_bytes, serves=False)
-            self._peer = self._region.meet(welcome.metadata)
+            self._window = Window(memory, serves=False)
+            self._peer = self._window.meet(welcome.metadata)
         except VaultLostError as error:
             raise self._lost(str(error.args[1])) from error
         self._base = welcome.base

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 import zmq
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import (
@@ -32,7 +31,7 @@ from kv.offload_host import HostTier
 from workers.curve import ClientKeys
 from workers.errors import PeerLostError
 from workers.peer import wire
-from workers.peer.fetch import fetch
+from workers.peer.fetch import Wanted, fetch
 from workers.peer.keys import PeerKeys
 from workers.peer.line import Line
 from workers.peer.server import PeerServer
@@ -112,52 +111,76 @@ class Finding:
 class Load:
     """The job of fetching blocks into rows of the host tier.
 
-    It ends once: when all has come, when the peer failed, or at its deadline by the engine's
-    thread, whatever the line's thread is doing then. Nothing is written into a row after that.
+    It is over when all has come, when the peer failed, or at its deadline by the engine's thread,
+    whatever the line's thread is doing then. NIXL may still write into its rows in the last case:
+    `host` gives them to nobody until the connection is closed.
     """
 
     def __init__(
-        self, job: TransferJob, question: Question, view: memoryview, verifying: ThreadPoolExecutor
+        self,
+        job: TransferJob,
+        question: Question,
+        view: memoryview,
+        host: HostTier,
+        verifying: ThreadPoolExecutor,
     ) -> None:
-        self.job, self.question = job, question
+        self.job, self.question, self._host = job, question, host
         self.deadline_s, self.began_s = question.deadline_s, time.monotonic()
         self._verifying = verifying
-        self._keys = list(job.keys)
+        rows = job.chunk_ids.tolist()
         self._row_bytes = view.strides[0] if view.strides else 0
-        self._rows = [view[row : row + 1].cast("B") for row in job.chunk_ids.tolist()]
-        self._landed: list[OffloadKey] = []
+        self._wanted = [
+            (key, row, view[row : row + 1].cast("B"))
+            for key, row in zip(job.keys, rows, strict=True)
+        ]
+        self._landed: set[int] = set()
+        self._held: list[int] = []
         self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._running = self._over = False
+        self.settled = threading.Event()
 
     def over(self) -> bool:
-        return self._ended.is_set()
+        return self._over
 
     def run(self, session: Session) -> None:
-        damaged = fetch(session, self._verifying, self._keys, self._land, self.deadline_s)
-        self._end()
+        with self._lock:
+            if self._over:
+                return
+            self._running = True
+        damaged = fetch(session, self._verifying, self._wanted, self._land, self.deadline_s)
+        self._settle()
         if damaged:
             words = "peer %s: %d of %d blocks came damaged and are computed"
-            logger.warning(words, session.address, damaged, len(self._keys))
+            logger.warning(words, session.address, damaged, len(self.job.keys))
 
     def fail(self) -> None:
-        """What has come stays; the rest is a miss."""
+        """What has come stays; the rest is a miss. Nothing comes any more."""
         self.question.failed = True
-        self._end()
+        self._settle()
 
     def late(self) -> bool:
-        """Whether the deadline is over before it ended."""
-        return not self.over() and time.monotonic() >= self.deadline_s
+        """Whether the deadline is over before it is."""
+        return not self._over and time.monotonic() >= self.deadline_s
 
-    def wait(self) -> None:
-        """Until it has ended, its deadline at the latest."""
-        if not self._ended.wait(max(0.0, self.deadline_s - time.monotonic())):
-            self.fail()
+    def abandon(self) -> None:
+        """End it now; bytes may still come. On the engine's thread."""
+        self.question.failed = True
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+            if self._running:
+                self._held = [row for _, row, _ in self._missing()]
+                self._host.hold_back(self._held)
+            else:
+                self._release()
 
     def result(self) -> JobResult:
         """To be asked for once it is over."""
-        done = tuple(self._landed)
+        keys = list(self.job.keys)
+        done = tuple(keys[index] for index in sorted(self._landed))
         # Another try would fail as well, and end in as many bytes.
-        missing = set(self._keys).difference(done)
+        missing = set(keys).difference(done)
         self.question.answers.update(dict.fromkeys(missing, False))
         return JobResult(
             self.job.job_id,
@@ -167,19 +190,27 @@ class Load:
             transfer_bytes=len(done) * self._row_bytes,
         )
 
-    def _land(self, index: int, block: memoryview) -> None:
+    def _land(self, index: int) -> None:
         with self._lock:
-            if not self.over():
-                # numpy's copy lets other threads run.
-                np.copyto(
-                    np.frombuffer(self._rows[index], np.uint8), np.frombuffer(block, np.uint8)
-                )
-                self._landed.append(self._keys[index])
+            if not self._over:
+                self._landed.add(index)
 
-    def _end(self) -> None:
+    def _settle(self) -> None:
         with self._lock:
-            self._ended.set()
-            self._rows = []
+            if self._running:
+                # Another tenant may get the row before anything else is written there.
+                for _, _, row in self._missing():
+                    row[:] = bytes(len(row))
+            self._over, self._running = True, False
+            self._host.let_go(self._held)
+            self._release()
+
+    def _missing(self) -> list[Wanted]:
+        return [each for at, each in enumerate(self._wanted) if at not in self._landed]
+
+    def _release(self) -> None:
+        self._wanted = []
+        self.settled.set()
 
 
 class PeerTier(SecondaryTierManager):
@@ -214,6 +245,7 @@ class PeerTier(SecondaryTierManager):
         self._lines: dict[str, Line] = {}
         self._asking: list[Question] = []
         self._loads: dict[int, Load] = {}
+        self._unsettled: list[Load] = []
         self._finished: list[JobResult] = []
         self._forgotten: dict[str, float] = {}
 
@@ -222,7 +254,7 @@ class PeerTier(SecondaryTierManager):
         fetch theirs. From any thread, before the engine steps."""
         view = self._primary_kv_view
         self.server = PeerServer(host, keys.server, self._fingerprint, lender, view)
-        self._keys = keys.client
+        self._keys, self._host = keys.client, lender
         return self.server.address
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
@@ -250,10 +282,11 @@ class PeerTier(SecondaryTierManager):
     def submit_load(self, job_metadata: TransferJob) -> None:
         question = job_metadata.req_context.get_state(Question)
         assert question is not None, "a block was found without a question"
-        load = Load(job_metadata, question, self._primary_kv_view, self._verifying)
+        view = self._primary_kv_view
+        load = Load(job_metadata, question, view, self._host, self._verifying)
         self._loads[job_metadata.job_id] = load
         if question.failed or self._is_forgotten(job_metadata.req_context):
-            load.fail()
+            load.abandon()
         else:
             question.line.submit(load)
 
@@ -265,32 +298,36 @@ class PeerTier(SecondaryTierManager):
         for job_id, load in list(self._loads.items()):
             if load.late():
                 load.question.line.rest(f"{len(load.job.keys)} blocks did not come in time")
-                load.fail()
+                load.abandon()
             if load.over():
                 self._finished.append(self._loads.pop(job_id).result())
+                self._unsettled.append(load)
+        self._unsettled = [load for load in self._unsettled if not load.settled.is_set()]
         finished, self._finished = self._finished, []
         return finished
 
     def erase(self, tags: Collection[str]) -> int:
-        """Take no more blocks of these tenants for `FORGOTTEN_S`, and overwrite what is left of
-        earlier ones on their way; always 0, since blocks themselves are the host tier's."""
+        """Take no more blocks of these tenants for `FORGOTTEN_S`; always 0, since those that came
+        are the host tier's to erase."""
         now = time.monotonic()
         self._forgotten = {tag: until for tag, until in self._forgotten.items() if until > now}
         self._forgotten.update(dict.fromkeys(tags, now + FORGOTTEN_S))
         for load in self._loads.values():
             if tag_of(load.job.req_context) in tags:
-                load.fail()
-        for line in self._lines.values():
-            line.wipe()
+                load.abandon()
         return 0
 
     def drain_jobs(self) -> None:
-        for load in self._loads.values():
-            load.wait()
+        # Not later than each one's deadline, but for the time that NIXL takes to end.
+        for load in [*self._loads.values(), *self._unsettled]:
+            left_s = max(0.0, load.deadline_s - time.monotonic())
+            if not load.settled.wait(left_s):
+                load.abandon()
+                load.settled.wait()
 
     def shutdown(self) -> None:
         for load in self._loads.values():
-            load.fail()
+            load.abandon()
         for line in self._lines.values():
             line.close()
         if self.server is not None:
@@ -317,7 +354,7 @@ class PeerTier(SecondaryTierManager):
                 address,
                 self._keys,
                 self._fingerprint,
-                self._block_size_bytes,
+                self._primary_kv_view,
             )
             line = Line(address, connect)
         # The youngest last; the oldest goes.

@@ -1,4 +1,4 @@
-"""A replica's host tier as other replicas read it over NIXL."""
+"""Host tiers as NIXL knows them: one that is read by others, and one that blocks are read into."""
 
 import importlib
 import uuid
@@ -7,34 +7,32 @@ from typing import Any
 import numpy as np
 
 from workers import connector
+from workers.vault.region import Region
 
 
-class Window:
-    """Memory of somebody else's, registered with an agent of its own that serves reads of it.
+class Window(Region):
+    """Memory of somebody else's, of (rows, row bytes), registered with an agent of its own.
 
-    A thread of NIXL's looks for them every `connector.PROGRESS_DELAY_US`, outside the GIL. To be
-    closed before the memory is unmapped.
+    One that `serves` is read by others: a thread of NIXL's looks for them every
+    `connector.PROGRESS_DELAY_US`, outside the GIL. Without, it only reads others. To be closed
+    before the memory is unmapped; once it is, nothing is written there any more.
     """
 
-    def __init__(self, memory: memoryview) -> None:
+    def __init__(self, memory: memoryview, serves: bool) -> None:
         # UCX reads the environment when it is loaded, and takes a while.
         nixl: Any = importlib.import_module("nixl._api")
-        connector.calm_progress_thread()
+        if serves:
+            connector.calm_progress_thread()
+        self.memory = memory[:]
         flat = np.frombuffer(memory, np.uint8)
         self.base = int(flat.ctypes.data)
-        settings = nixl.nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
+        settings = nixl.nixl_agent_config(enable_prog_thread=serves, backends=["UCX"])
         self._agent: Any = nixl.nixl_agent(f"peer-{uuid.uuid4().hex}", settings)
-        region = [(self.base, flat.nbytes, 0, "")]
-        self._registered: Any = self._agent.register_memory(region, mem_type="DRAM")
-
-    @property
-    def metadata(self) -> bytes:
-        """What another agent needs to reach the memory."""
-        found: bytes = self._agent.get_agent_metadata()
-        return found
+        self._agent.register_memory([(self.base, flat.nbytes, 0, "")], mem_type="DRAM")
+        self._handle: Any = None
 
     def close(self) -> None:
-        """Nobody reads the memory any more."""
-        if self._agent is not None:
-            self._agent.deregister_memory(self._registered)
-            self._registered = self._agent = None
+        """Let go of what is under way, the agent and the memory, in this order."""
+        self._handle = None
+        self._agent = None
+        self.memory.release()

@@ -16,13 +16,10 @@ from workers.peer.line import Line
 class Session:
     """A connection that is counted."""
 
-    closed = wiped = 0
+    closed = 0
 
     def close(self) -> None:
         self.closed += 1
-
-    def wipe(self) -> None:
-        self.wiped += 1
 
 
 class Job:
@@ -122,14 +119,3 @@ def test_an_idle_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     await_that(lambda: peer.sessions[0].closed == 1, "closed")
     assert peer.ask(Job()) == "ran"
     assert len(peer.sessions) == 2
-
-
-def test_what_was_read_is_wiped_on_demand() -> None:
-    """Between jobs; a line without a connection has nothing to wipe."""
-    peer = Peer()
-    peer.line.wipe()
-    assert peer.ask(Job()) == "ran"
-    peer.line.wipe()
-    await_that(lambda: peer.sessions[0].wiped == 1, "wiped")
-    assert peer.ask(Job()) == "ran"
-    assert peer.sessions[0].wiped == 1
