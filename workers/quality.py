@@ -59,22 +59,22 @@ def judge(
     core: EngineCore, prompts: Sequence[list[int]], tokens: int, codecs: Sequence[Codec]
 ) -> Outcome:
     """Verdicts over these prompts and so many tokens of each answer."""
-    bench = _Bench(core, tokens)
+    bench = _Bench(core)
     compared: dict[CodecName, list[Comparison]] = {}
     refused: dict[CodecName, str] = {}
     for ids in prompts:
         rows = bench.store(ids)
-        exact = bench.restored(ids)
+        exact = bench.restored(ids, tokens)
         for codec in codecs:
             if codec.name in refused:
                 continue
             try:
                 with bench.through(codec, rows):
-                    lossy = bench.restored(ids)
+                    found = bench.followed(ids, exact)
             except CodecError as error:
                 refused[codec.name] = str(error)
                 continue
-            compared.setdefault(codec.name, []).append(compare(exact, lossy))
+            compared.setdefault(codec.name, []).append(found)
     verdicts = {
         name: _verdict(each, len(prompts) * tokens)
         for name, each in compared.items()
@@ -106,8 +106,8 @@ def page_shape(core: EngineCore) -> PageShape:
 class _Bench:
     """An idle engine whose host tier's pages can be exchanged between requests."""
 
-    def __init__(self, core: EngineCore, tokens: int) -> None:
-        self._core, self._tokens = core, tokens
+    def __init__(self, core: EngineCore) -> None:
+        self._core, self._restored_tokens = core, 0
         connector: Any = core.scheduler.connector
         self._host = connector.connector_scheduler.manager.primary_tier
         self._shape = page_shape(core)
@@ -115,7 +115,8 @@ class _Bench:
 
     def store(self, ids: list[int]) -> list[memoryview]:
         """Compute a prompt; its pages in the host tier."""
-        _, hashes = self._run(ids, {})
+        # No more than the prompt: `followed` is to compute the answer's tokens.
+        _, hashes = self._run(ids, 1, {"max_offload_tokens": len(ids)})
         keys = [make_block_hash_with_group_id(name, 0) for name in hashes]
         held = [self._host._policy.get(key) for key in keys[: len(ids) // self._shape.tokens]]
         if None in held:
@@ -125,12 +126,28 @@ class _Bench:
         rows = [view[chunk.chunk_id : chunk.chunk_id + 1].cast("B") for chunk in held]
         return [row[: self._shape.page_bytes] for row in rows]
 
-    def restored(self, ids: list[int]) -> list[tuple[int, float]]:
+    def restored(self, ids: list[int], tokens: int) -> list[tuple[int, float]]:
         """Tokens and logprobs of an answer to a prompt that comes from the host tier."""
         self._core.reset_prefix_cache()
+        before = self._restored_tokens
         # What is computed behind a lossy page must not be stored as if it were exact.
-        answer, _ = self._run(ids, {"max_offload_tokens": 0})
+        answer, _ = self._run(ids, tokens, {"max_offload_tokens": 0})
+        if self._restored_tokens == before:
+            raise CodecError("quality", "a prompt did not come from the host tier", "report it")
         return answer
+
+    def followed(self, ids: list[int], exact: Sequence[tuple[int, float]]) -> Comparison:
+        """Hold each token of the exact answer against what is likeliest behind those before it:
+        where the answers part, the exact one is gone on with. So a near tie costs one token, not
+        all that follow."""
+        agreed, delta, at = 0, 0.0, 0
+        while at < len(exact):
+            behind = [token for token, _ in exact[:at]]
+            found = compare(exact[at:], self.restored(ids + behind, len(exact) - at))
+            agreed += found.agreed_tokens
+            delta = max(delta, found.max_logprob_delta)
+            at += found.agreed_tokens + 1
+        return Comparison(agreed, delta)
 
     @contextmanager
     def through(self, codec: Codec, rows: Sequence[memoryview]) -> Iterator[None]:
@@ -147,30 +164,26 @@ class _Bench:
                 row[:] = original
 
     def _run(
-        self, ids: list[int], hints: Mapping[str, Any]
+        self, ids: list[int], tokens: int, hints: Mapping[str, Any]
     ) -> tuple[list[tuple[int, float]], list[bytes]]:
-        params = SamplingParams(
-            temperature=0.0, max_tokens=self._tokens, ignore_eos=True, logprobs=0
-        )
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0)
         params.extra_args = {"kv_transfer_params": dict(hints)}
         name = f"quality-{next(self._names)}"
         asked = EngineCoreRequest(name, ids, None, params, None, 0.0, None, None, None)
         request, wave = self._core.preprocess_add_request(asked)
         self._core.add_request(request, wave)
         answer: list[tuple[int, float]] = []
-        restored_tokens = 0
         while self._core.scheduler.has_requests():
             outputs, executed = self._core.step_fn()
             self._core.post_step(executed)
             for batch in (outputs or {}).values():
                 for output in batch.outputs:
                     if output.prefill_stats is not None:
-                        restored_tokens += output.prefill_stats.num_external_cached_tokens
+                        stats = output.prefill_stats
+                        self._restored_tokens += stats.num_external_cached_tokens
                     logprobs = output.new_logprobs.logprobs if output.new_logprobs else ()
                     chosen = [float(row[0]) for row in logprobs]
                     answer += zip(output.new_token_ids, chosen, strict=True)
-        if hints and restored_tokens == 0:
-            raise CodecError("quality", "a prompt did not come from the host tier", "report it")
         return answer, list(request.block_hashes)
 
 

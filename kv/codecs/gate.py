@@ -82,7 +82,8 @@ class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of one answer: how many tokens are the exact one's, and by how many nats a logprob moved."""
+    """Of one answer: how many of its first tokens are the exact one's, and by how many nats a
+    logprob moved."""
 
     agreed_tokens: int
     max_logprob_delta: float
@@ -91,14 +92,16 @@ class Comparison:
 def compare(exact: Sequence[tuple[int, float]], lossy: Sequence[tuple[int, float]]) -> Comparison:
     """Hold two greedy answers, as tokens and their logprobs, against each other.
 
-    Tokens count up to the first that differs: what follows answers another prompt, and would agree
-    by chance. Logprobs are compared up to there too.
+    They are compared up to the first token that differs: what follows answers another prompt. The
+    logprob of the likeliest token counts there too; it moves no more than some token's does.
     """
     deltas = []
-    for (token, logprob), (other, other_logprob) in zip(exact, lossy, strict=True):
-        if token != other:
-            break
+    for agreed, ((token, logprob), (other, other_logprob)) in enumerate(
+        zip(exact, lossy, strict=True)
+    ):
         deltas.append(abs(logprob - other_logprob))
+        if token != other:
+            return Comparison(agreed, max(deltas))
     return Comparison(len(deltas), max(deltas, default=0.0))
 
 

@@ -34,7 +34,6 @@ def test_a_codecs_harm_is_measured_and_kept(tiny_model: Path, tmp_path: Path) ->
     assert set(found) == {"fp16", "bf16", "int8", "tq4"}
     deltas = [found[name]["max_logprob_delta"] for name in ("fp16", "int8", "tq4")]
     assert 0 < deltas[0] < deltas[1]
-    # Tokens that differ end a comparison: the coarsest codec has the fewest left to move.
     agreed = [found[name]["agreed_tokens"] for name in ("fp16", "bf16", "int8", "tq4")]
     assert agreed[0] >= agreed[1] >= agreed[3]
     assert agreed[0] >= agreed[2] >= agreed[3]

@@ -155,11 +155,11 @@ def test_a_gate_is_named_by_all_that_it_let_through() -> None:
 
 def test_answers_are_compared_up_to_the_first_token_that_differs() -> None:
     """What follows it answers another prompt: a token that is the same there by chance does not
-    count, nor its logprob."""
+    count, nor its logprob. That of the first difference does."""
     exact = [(5, -0.5), (6, -0.25), (7, -1.0)]
     assert compare(exact, exact) == Comparison(3, 0.0)
     assert compare(exact, [(5, -0.75), (6, -0.125), (7, -1.0)]) == Comparison(3, 0.25)
-    assert compare(exact, [(5, -0.75), (9, -0.1), (7, -9.0)]) == Comparison(1, 0.25)
-    assert compare(exact, [(4, -0.5), (6, -0.25), (7, -1.0)]) == Comparison(0, 0.0)
+    assert compare(exact, [(5, -0.75), (9, -0.125), (7, -9.0)]) == Comparison(1, 0.25)
+    assert compare(exact, [(4, -1.0), (6, -0.25), (7, -9.0)]) == Comparison(0, 0.5)
     with pytest.raises(ValueError, match="shorter"):
         compare(exact, exact[:2])
