@@ -72,8 +72,8 @@ def fetched(session: Session, keys: list[bytes], within_s: float = 5.0) -> dict[
         (name, row, memory[row : row + 1].cast("B")) for name, row in zip(keys, rows, strict=True)
     ]
 
-    def land(at: int) -> None:
-        blocks[at] = bytes(wanted[at][2])
+    def land(indices: list[int]) -> None:
+        blocks.update({at: bytes(wanted[at][2]) for at in indices})
 
     with ThreadPoolExecutor(1) as verifying:
         fetch(session, verifying, wanted, land, time.monotonic() + within_s)

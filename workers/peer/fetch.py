@@ -14,8 +14,11 @@ from workers.errors import PeerLostError
 from workers.peer import wire
 from workers.peer.session import Session
 
-# Takes the index of a block that is in its row, whole.
-Land = Callable[[int], None]
+# Jobs that are asked for before they are read: the lender computes their checksums meanwhile.
+AHEAD = 3
+
+# Takes the indices of blocks that are in their rows, whole.
+Land = Callable[[list[int]], None]
 # A key, our row for its block, and the row's bytes.
 Wanted = tuple[bytes, int, memoryview]
 
@@ -48,10 +51,8 @@ def fetch(
     damaged = 0
     before: Future[int] | None = None
     for at, job in enumerate(jobs):
-        if at == 0:
-            ask(job)
-        if at + 1 < len(jobs):
-            ask(jobs[at + 1])
+        for following in jobs[len(numbers) : at + 1 + AHEAD]:
+            ask(following)
         lent = _lent(session, numbers[at], len(job), deadline_s)
         there = [(index, place) for index, place in zip(job, lent, strict=True) if place]
         session.read([(wanted[index][1], place.row) for index, place in there], deadline_s)
@@ -73,10 +74,6 @@ def _lent(
 
 def _landed(told: Sequence[tuple[int, memoryview, int]], land: Land) -> int:
     """How many were damaged."""
-    damaged = 0
-    for index, row, checksum in told:
-        if xxh3_64_intdigest(row) == checksum:
-            land(index)
-        else:
-            damaged += 1
-    return damaged
+    whole = [index for index, row, checksum in told if xxh3_64_intdigest(row) == checksum]
+    land(whole)
+    return len(told) - len(whole)

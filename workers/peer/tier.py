@@ -190,10 +190,10 @@ class Load:
             transfer_bytes=len(done) * self._row_bytes,
         )
 
-    def _land(self, index: int) -> None:
+    def _land(self, indices: list[int]) -> None:
         with self._lock:
             if not self._over:
-                self._landed.add(index)
+                self._landed.update(indices)
 
     def _settle(self) -> None:
         with self._lock:
