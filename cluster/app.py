@@ -8,6 +8,7 @@ import msgspec
 from ray import serve
 from ray.serve import Application
 
+from cluster import verdicts
 from cluster.config import APP, Config, Pool
 from router.settings import IngressSettings
 from workers.curve import server_keys
@@ -141,6 +142,7 @@ def _ingress(
         drain_s=section.drain_s,
         request_timeout_s=section.request_timeout_s,
         keys_file=_resolved(section.keys_file),
+        gates=verdicts.gates(config, model),
         tls_cert_file=_resolved(section.tls_cert_file),
         tls_key_file=_resolved(section.tls_key_file),
     )

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import local_ray, state, tls
+from cluster import local_ray, state, tls, verdicts
 from cluster.config import APP, LOOPBACK, Config, cache_dir
 from cluster.errors import ConfigError, StartError
 from cluster.model import ensure_default_model
@@ -35,6 +35,7 @@ def serve(config: Config) -> int:
     _warn_of_clear_text(config)
     _refuse_second(config)
     model = find_model(config)
+    verdicts.gates(config, model)
     stop = _Signals()
     run_dir = local_ray.prepare(config)
     state.write(run_dir, url, certificate)

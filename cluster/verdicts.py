@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.config import Config, cache_dir
 from cluster.errors import CodecRefusedError
 from kv.codecs.codec import CodecName
 from kv.codecs.frame import VERSION
@@ -25,6 +26,7 @@ from kv.codecs.gate import (
 )
 from kv.errors import CodecError
 from workers import quality_prompts
+from workers.tiers import model_identity
 
 FILE = "codec-verdicts.json"
 COMMAND = "breakeven calibrate --codecs"
@@ -75,6 +77,18 @@ def check(cache: Path, model: str, codec: CodecName, limits: GateLimits = LIMITS
     if not found.allowed:
         raise CodecRefusedError(codec, f"{found.reason}: {found.detail}", f"{COMMAND} {codec}")
     return gate_id(model, codec, VERSION, limits)
+
+
+def gates(config: Config, model: Path | str) -> dict[CodecName, str]:
+    """The lossy codec that a cluster is to use, if it is to use one, with its gate's id. Raises
+    `CodecRefusedError` for one that this model may not use."""
+    vault = config.tiers.vault
+    if vault is None or vault.lossy is None:
+        return {}
+    from cluster.app import engine_options
+
+    identity = model_identity(str(model), engine_options(config, config.decode))
+    return {vault.lossy: check(cache_dir(), identity, vault.lossy)}
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from router.errors import STATUS, RouterError, UnservableError
 from router.pipeline import Pipeline
 from router.request import Request
 from router.salt import Salter
-from workers.messages import Delta
+from workers.messages import Delta, Keep
 
 # Sampling parameters that look back at generated tokens in ways of their own.
 _UNCARRIED = ("bad_words", "thinking_token_budget", "repetition_detection")
@@ -201,18 +201,27 @@ def warm_body() -> bytes:
 def _request(request: EngineCoreRequest, salter: Salter) -> Request:
     asked = bound.get() or Bound(RequestContext(request.request_id), Notes())
     # Here and not in the body: some of the APIs would not pass a salt on.
-    request.cache_salt = salter.salt(asked.context.tenant, request.cache_salt)
+    context = asked.context
+    request.cache_salt = salter.salt(context.tenant, request.cache_salt, context.codec)
     params = request.sampling_params
     return Request(
         request_id=request.request_id,
         tokens=pack_tokens(request.prompt_token_ids or []),
         body=body_of(request),
         salt=request.cache_salt,
-        context=asked.context,
+        context=context,
         local_only=params is not None and params.prompt_logprobs is not None,
         notes=asked.notes,
         uncarried=_uncarried(request),
+        keep=_keep(context, salter),
     )
+
+
+def _keep(context: RequestContext, salter: Salter) -> Keep | None:
+    """How the blocks may be stored; None for as all are."""
+    codec = None if salter.gate(context.codec) is None else context.codec
+    keep = Keep(codec, context.retention_s)
+    return None if keep == Keep() else keep
 
 
 def _uncarried(request: EngineCoreRequest) -> str | None:

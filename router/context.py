@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kv.codecs.codec import CodecName
+
 
 class ServiceClass(StrEnum):
     """Who waits for the answer: a person, or nobody."""
@@ -18,6 +20,9 @@ class ServiceClass(StrEnum):
 
 # Whose requests are while no keys are needed.
 DEFAULT_TENANT = "default"
+
+# OpenAI's `prompt_cache_retention`; "in_memory" asks for what is usual.
+RETENTION_S = {"24h": 86_400.0}
 
 # OpenAI's service tiers; DESIGN.md's mapping.
 CLASS_OF_TIER = {
@@ -33,7 +38,9 @@ CLASS_OF_TIER = {
 class RequestContext:
     """One HTTP request: who asks, how urgently, and under which name it is cached.
 
-    After `timeout_s` it is ended wherever it is.
+    After `timeout_s` it is ended wherever it is. `codec` is the one that it allows its stored
+    blocks to lose precision by; None allows none. A vault keeps them for `retention_s`, or for as
+    long as it keeps any.
     """
 
     request_id: str
@@ -42,6 +49,8 @@ class RequestContext:
     cache_key: str | None = None
     safety_identifier: str | None = None
     timeout_s: float | None = None
+    codec: CodecName | None = None
+    retention_s: float | None = None
 
 
 @dataclass(slots=True)

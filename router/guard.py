@@ -19,6 +19,7 @@ from router.intake import (
     Headers,
     Refusal,
     check_route,
+    codec_of,
     entered,
     read_body,
     replayed,
@@ -79,7 +80,8 @@ class Guard:
         body = await read_body(scope, receive, self._max_body_bytes)
         context, body = entered(request_id, body)
         timeout_s = timeout_of(scope, self._timeout_s)
-        return replace(context, tenant=tenant, timeout_s=timeout_s), body
+        context = replace(context, tenant=tenant, timeout_s=timeout_s, codec=codec_of(scope))
+        return context, body
 
     async def _slot(
         self, held: AsyncExitStack, path: str, tenant: str, notes: Notes

@@ -86,7 +86,7 @@ class Ingress:
         prices = Prices(settings.assumed_streams, settings.compute_price, settings.session_slack)
         planner = Planner(self.fleet, prices, self._in_force.order)
         pipeline = Pipeline(self.fleet, planner, shadow, self._admission, audit, now)
-        salter = Salter(settings.secret, separate=self._keys is not None)
+        salter = Salter(settings.secret, self._keys is not None, settings.gates)
         self._client = ClusterClient(config, pipeline, salter)
         policies = PolicyAdmin(self._in_force, shadow)
         self._admin = admin_app(self.fleet, audit, registry, self._keys, policies, salter, vault)

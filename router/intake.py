@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from math import isfinite, nan
 from typing import Any
 
+from kv.codecs.codec import CodecName
 from router.asgi import Message, Receive, Scope
-from router.context import CLASS_OF_TIER, RequestContext, ServiceClass
+from router.context import CLASS_OF_TIER, RETENTION_S, RequestContext, ServiceClass
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -84,6 +85,7 @@ def entered(request_id: str, body: bytes) -> tuple[RequestContext, bytes]:
         service_class=_service_class(fields.get("service_tier")),
         cache_key=_text(fields, "prompt_cache_key"),
         safety_identifier=_text(fields, "safety_identifier"),
+        retention_s=RETENTION_S.get(_text(fields, "prompt_cache_retention") or ""),
     )
     removed = [fields.pop(name) for name in _STEERING if name in fields]
     return context, json.dumps(fields).encode() if removed else body
@@ -176,6 +178,18 @@ def timeout_of(scope: Scope, most_s: float | None) -> float | None:
     if not (isfinite(asked_s) and asked_s > 0):
         raise Refusal(400, f"x-request-timeout is {given[:40]!r}; give seconds above 0")
     return asked_s if most_s is None else min(asked_s, most_s)
+
+
+def codec_of(scope: Scope) -> CodecName | None:
+    """The codec by which the client lets its stored blocks lose precision: x-breakeven-codec."""
+    given = dict(scope["headers"]).get(b"x-breakeven-codec", b"").decode("latin-1")
+    if not given:
+        return None
+    try:
+        return CodecName(given.lower())
+    except ValueError as error:
+        known = ", ".join(CodecName)
+        raise Refusal(400, f"x-breakeven-codec is {given[:40]!r}; give one of {known}") from error
 
 
 def _service_class(tier: object) -> ServiceClass:

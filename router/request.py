@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from kv.block import TOKEN_BYTES
 from router.context import Notes, RequestContext
+from workers.messages import Keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +15,7 @@ class Request:
     `workers.messages.Submit`). `local_only`: every position must be computed where the answer
     is made, because the prompt's own logprobs were asked for. `answered` are tokens of the
     answer that were streamed before a replica was lost; `uncarried` names what could not go on
-    elsewhere behind them.
+    elsewhere behind them. `keep` is how its blocks may be stored.
     """
 
     request_id: str
@@ -26,6 +27,7 @@ class Request:
     notes: Notes = field(default_factory=Notes)
     answered: bytes = b""
     uncarried: str | None = None
+    keep: Keep | None = None
 
     @property
     def prompt_tokens(self) -> int:

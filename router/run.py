@@ -123,7 +123,14 @@ def _member(fleet: Fleet, name: str) -> Member:
 def _submit(attempt: Attempt, role: Role, handoff: Handoff | None) -> Submit:
     request, hints = attempt.request, attempt.plan.hints
     return Submit(
-        attempt.engine_id, role, request.tokens, request.body, handoff, request.answered, hints
+        attempt.engine_id,
+        role,
+        request.tokens,
+        request.body,
+        handoff,
+        request.answered,
+        hints,
+        request.keep,
     )
 
 

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from kv.codecs.codec import CodecName
 from router.policy import Policy
 
 
@@ -26,6 +27,8 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     keys_file: str | None = None
     policy: Policy = Policy.BREAKEVEN
     shadow: Policy | None = None
+    # Lossy codecs that the model may use, each with its gate's id.
+    gates: dict[CodecName, str] = {}
     tls_cert_file: str | None = None
     tls_key_file: str | None = None
 

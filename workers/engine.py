@@ -36,7 +36,7 @@ from workers.backlog import Backlog
 from workers.counters import Counters, with_tiers
 from workers.erasure import Erased, Erasure
 from workers.events import MirrorEvents
-from workers.messages import Delta, Load, TierLoad
+from workers.messages import Delta, Keep, Load, TierLoad
 from workers.mirror import Change
 from workers.peer.keys import PeerKeys
 from workers.peer.tier import PeerTier
@@ -128,16 +128,18 @@ class Engine:
         request: EngineCoreRequest,
         answered: Sequence[int] = (),
         hints: Hints | None = None,
+        keep: Keep | None = None,
     ) -> None:
         """Queue a request. Hashing and grammar set-up happen here, off the step loop.
 
         `answered` tokens at the end of its prompt are of its answer already: a grammar goes on
         behind them. `hints` say what it may take from tiers; without any it takes what they have.
+        `keep` says how they may store its blocks.
         """
         prepared, _ = self._core.preprocess_add_request(request)
         if self._tiers is not None:
-            tag = tag_of(prepared.cache_salt)
-            prepared.kv_transfer_params = with_hints(prepared.kv_transfer_params, tag, hints)
+            tag, params = tag_of(prepared.cache_salt), prepared.kv_transfer_params
+            prepared.kv_transfer_params = with_hints(params, tag, hints, keep)
         self._orders.put(lambda: self._admit(prepared, answered))
 
     def abort(self, request_ids: list[str]) -> None:

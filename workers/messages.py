@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from kv.catalogue import Tier
+from kv.codecs.codec import CodecName
 from kv.plan import Hints
 from workers.errors import WireError
 
@@ -117,6 +118,14 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     follow: bool = False
 
 
+class Keep(msgspec.Struct, frozen=True):
+    """How a request lets its blocks be stored: by a codec that loses precision (None: exactly), and
+    in a vault for `ttl_s` (None: for as long as any)."""
+
+    codec: CodecName | None = None
+    ttl_s: float | None = None
+
+
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """Run one request, or the prefill of one.
 
@@ -135,6 +144,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     handoff: Handoff | None = None
     answered: bytes = b""
     hints: Hints | None = None
+    keep: Keep | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -70,6 +70,7 @@ class ReplicaProcess:
         from workers import options
         from workers.engine import Engine
         from workers.probe import probe
+        from workers.quality import page_shape
 
         began = time.monotonic()
         settings = self._settings
@@ -89,7 +90,9 @@ class ReplicaProcess:
         samples, step_s = probe(self._engine.core, settings.probe_s, settings.seed)
         if self._engine.vault is not None and settings.vault_keys is not None:
             measured = [PrefillSample(*sample) for sample in samples]
-            self._engine.vault.attach(settings.vault_keys, fit_prefill(measured))
+            vault = settings.tiers.vault
+            shape = page_shape(self._engine.core) if vault is not None and vault.lossy else None
+            self._engine.vault.attach(settings.vault_keys, fit_prefill(measured), shape)
         logger.info("%s: engine ready in %.1f s", self.name, time.monotonic() - began)
         return Replica(
             name=self.name,

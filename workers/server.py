@@ -207,7 +207,7 @@ class ReplicaServer:
         try:
             answered = message.answered if message.role is wire.Role.DECODE else b""
             request = work.engine_request(message)
-            self._engine.add(request, unpack_tokens(answered), message.hints)
+            self._engine.add(request, unpack_tokens(answered), message.hints, message.keep)
         except Exception as error:  # the wire's edge: one bad request must not end the replica
             logger.warning("%s refused: %s", message.request_id, type(error).__name__)
             refusal = wire.Delta(message.request_id, [], finish_reason="error", error=str(error))

@@ -12,9 +12,11 @@ import msgspec
 from msgspec import Meta
 
 from kv.catalogue import Tier
+from kv.codecs.codec import CodecName
 from kv.fingerprint import engine_facts, fingerprint, folder_identity, snapshot_identity
 from kv.plan import Hints
 from kv.promoted import DEADLINE
+from workers.messages import Keep
 
 # Whose statistics are the tiers' (`kv.offload`).
 TIERED_CONNECTOR = "TieredConnector"
@@ -38,6 +40,8 @@ _MATCHERS = {
 
 # In a request's kv_transfer_params: which replica has its blocks (`with_peer`).
 PEER = "remote_kv_source"
+# And how they may be stored (`Keep`).
+KEEP = "keep"
 
 
 class HostTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -71,14 +75,12 @@ class Vault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     disk: VaultDisk | None = None
     ttl_s: Annotated[float, Meta(gt=0)] | None = None
     tenant_bytes: Annotated[int, Meta(ge=1)] | None = None
-    codec: str = "raw"
+    # By which blocks of requests that allow it are stored.
+    lossy: CodecName | None = None
 
     def __post_init__(self) -> None:
-        if self.codec != "raw":
-            raise ValueError(
-                f"codec {self.codec}: a lossy codec needs a namespace of its own, which is not "
-                "there yet; use raw"
-            )
+        if self.lossy is CodecName.RAW:
+            raise ValueError("lossy: raw loses nothing; leave it out")
 
 
 def shard_names(shards: int) -> tuple[str, ...]:
@@ -150,11 +152,17 @@ def model_identity(model: str, options: Mapping[str, object]) -> str:
 
 
 def with_hints(
-    params: Mapping[str, Any] | None, tag: str, hints: Hints | None = None
+    params: Mapping[str, Any] | None,
+    tag: str,
+    hints: Hints | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """A request's `kv_transfer_params` with what the tiers are to know: whose it is, what the plan
-    lets them give (everything, without `hints`), and to keep out of the way of a handoff."""
+    lets them give (everything, without `hints`), how they may `keep` its blocks, and to keep out of
+    the way of a handoff."""
     told: dict[str, Any] = {**(params or {}), "tag": tag}
+    if keep is not None:
+        told[KEEP] = msgspec.to_builtins(keep)
     if hints is not None:
         told |= _told(hints)
     if told.get("do_remote_prefill"):
@@ -173,6 +181,11 @@ def _told(hints: Hints) -> dict[str, Any]:
     if hints.deadline_s is not None:
         told[DEADLINE] = hints.deadline_s
     return told
+
+
+def keep_of(params: Mapping[str, Any] | None) -> Keep:
+    """How a request lets its blocks be stored, by its `kv_transfer_params`."""
+    return msgspec.convert((params or {}).get(KEEP, {}), Keep)
 
 
 def with_peer(params: Mapping[str, Any] | None, peer: PeerHint) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext, make_offload_key
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 
 from kv.curve import PrefillCurve
 from kv.offload import Tiers
+from kv.offload_host import HostTier
 from tests.vault.shard_process import SECRET, ShardHandle, shard
 from tests.waiting import await_that
 from workers import connector
@@ -33,7 +33,7 @@ class _Stack:
 
     def __init__(self, address: str) -> None:
         region = SharedOffloadRegion(f"test-{secrets.token_hex(8)}", ROWS, None, PAGE, PAGE)
-        primary = CPUPrimaryTierOffloadingManager(ROWS, region)
+        primary = HostTier(ROWS, region)
         group = SimpleNamespace(group_id=0, tokens_per_block=TOKENS, layer_names=["a"])
         spec: Any = SimpleNamespace(config=SimpleNamespace(groups=[group]))
         self.view = primary.get_kv_memoryview()

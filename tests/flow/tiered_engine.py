@@ -155,16 +155,18 @@ class Bench:
         hints: dict[str, Any] | None = None,
         settle: bool = True,
         peer: dict[str, Any] | None = None,
+        keep: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """One request alone; of `first_blocks` and their tail only, if set. `hints` are the fields
-        of `kv.plan.Hints`, `peer` those of `workers.tiers.PeerHint`."""
+        of `kv.plan.Hints`, `peer` of `workers.tiers.PeerHint`, `keep` of `workers.messages.Keep`.
+        """
         from workers.tiers import PeerHint, with_peer
 
         ids = prompt(seed, blocks)
         if first_blocks:
             ids = ids[: first_blocks * BLOCK_TOKENS + TAIL_TOKENS]
         params = None if peer is None else with_peer(None, PeerHint(**peer))
-        return self._counted(ids, n, salt, params, hints=hints, settle=settle)
+        return self._counted(ids, n, salt, params, hints=hints, settle=settle, keep=keep)
 
     def address(self) -> str:
         """Where peers are lent blocks."""
@@ -188,9 +190,10 @@ class Bench:
         params: dict[str, Any] | None = None,
         settle: bool = True,
         hints: dict[str, Any] | None = None,
+        keep: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         before = self.totals()
-        [answer] = self._answers([ids], n, salt, params, hints)
+        [answer] = self._answers([ids], n, salt, params, hints, keep)
         if settle:
             self.settle()
         after = self.totals()
@@ -209,6 +212,7 @@ class Bench:
         salt: str | None,
         transfer: dict[str, Any] | None = None,
         hints: dict[str, Any] | None = None,
+        keep: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         import msgspec
         from vllm.sampling_params import SamplingParams
@@ -217,8 +221,10 @@ class Bench:
 
         from kv.plan import Hints
         from kv.salt import tag_of
+        from workers.messages import Keep
 
         told = None if hints is None else msgspec.convert(hints, Hints)
+        kept = None if keep is None else msgspec.convert(keep, Keep)
         decoder = MsgpackDecoder(EngineCoreOutput)
         answers: dict[str, dict[str, Any]] = {}
         began = time.perf_counter()
@@ -230,7 +236,7 @@ class Bench:
                 params.extra_args = {"kv_transfer_params": dict(transfer)}
             request = EngineCoreRequest(name, ids, None, params, None, 0.0, None, salt, None)
             request.session_id = tag_of(salt)
-            self.engine.add(request, hints=told)
+            self.engine.add(request, hints=told, keep=kept)
         running = set(answers)
         while running:
             for delta in self._said.get(timeout=180).deltas:

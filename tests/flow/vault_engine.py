@@ -31,12 +31,14 @@ class VaultBench(Bench):
 
     def __init__(self, model: str, folder: Path, settings: dict[str, Any]) -> None:
         from kv.curve import PrefillCurve
+        from workers.quality import page_shape
         from workers.vault.keys import client_keys
 
         super().__init__(model, folder, settings)
         assert self.engine.vault is not None
         self._vault = self.engine.vault
-        self._vault.attach(client_keys(SECRET), PrefillCurve(0.0, 1e-4, 1e-8))
+        shape = page_shape(self.engine.core)
+        self._vault.attach(client_keys(SECRET), PrefillCurve(0.0, 1e-4, 1e-8), shape)
         self.up = self.seat(settings["addresses"], settings.get("up_s", 20.0))
 
     def seat(self, addresses: dict[str, str], up_s: float = 20.0) -> bool:

@@ -4,13 +4,19 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from kv.codecs.codec import CodecName
+from kv.codecs.page import PageShape
+from kv.codecs.table import CODECS
 from kv.vault.chains import Chains
 from tests.vault.shard_process import MIB, SECRET, ShardHandle, session, shard
 from tests.waiting import await_that
+from workers.messages import Keep
 from workers.vault import keys
 from workers.vault.pages import FORMAT, Page, VaultPages
 from workers.vault.region import READ, WRITE
@@ -38,10 +44,12 @@ def pages(fill: bool = True) -> list[Page]:
 
 
 @contextlib.contextmanager
-def replica(*shards: ShardHandle, layout: bytes = LAYOUT, up: bool = True) -> Iterator[VaultPages]:
+def replica(
+    *shards: ShardHandle, layout: bytes = LAYOUT, up: bool = True, shape: PageShape | None = None
+) -> Iterator[VaultPages]:
     """One that knows where all the shards are."""
     names = [each.name for each in shards]
-    made = VaultPages(names, keys.client_keys(SECRET), layout, PAGE, None)
+    made = VaultPages(names, keys.client_keys(SECRET), layout, PAGE, None, shape)
     try:
         made.seat({each.name: each.seat.address or "" for each in shards})
         assert not up or made.await_up(20.0)
@@ -138,3 +146,26 @@ def test_forgotten_blocks_are_gone(running: ShardHandle) -> None:
         _stores(vault)
         assert vault.forget(["tag"], 5.0) == {}
         assert vault.held(chains().runs(), 5.0) == frozenset()
+
+
+def test_a_page_comes_back_as_its_codec_brings_it_and_only_to_who_allows_that(
+    running: ShardHandle,
+) -> None:
+    """The numbers of a page are rounded by its request's codec, and what a row has beside them is
+    zeros. A request that allows no codec, or another, gets none of it."""
+    shape = PageShape(layers=1, tokens=16, kv_heads=2, head_dim=15)
+    assert shape.page_bytes < PAGE
+    rounded, codec = Keep(CodecName.INT8), CODECS[CodecName.INT8]
+    random = torch.Generator().manual_seed(1)
+    numbers = torch.randn(shape.page_bytes // 4, generator=random).numpy().tobytes()
+    full = [replace(page, row=memoryview(bytearray(numbers.ljust(PAGE, b"x")))) for page in pages()]
+    payload, expected = bytearray(codec.encoded_bytes(shape)), bytearray(shape.page_bytes)
+    codec.encode(numbers, shape, payload)
+    codec.decode(payload, shape, expected)
+    with replica(running, shape=shape) as vault:
+        assert vault.store("tag", full, lambda _: 1.0, 10.0, rounded).lost == 0
+        empty = pages(fill=False)
+        assert len(vault.load(empty, 10.0, rounded)) == BLOCKS
+        assert {bytes(page.row) for page in empty} == {bytes(expected).ljust(PAGE, b"\0")}
+        assert vault.load(pages(), 10.0) == []
+        assert vault.load(pages(), 10.0, Keep(CodecName.TQ4)) == []

@@ -11,18 +11,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from kv.codecs.codec import CodecName
+from kv.codecs.codec import Codec, CodecName
 from kv.codecs.frame import HEADER_BYTES, open_verified, seal
+from kv.codecs.page import PageShape
+from kv.codecs.table import CODECS
 from kv.errors import CodecError
 from kv.fingerprint import fingerprint
 from kv.vault.chains import Spot
 from kv.vault.orders import Outcome
 from workers import curve
+from workers.messages import Keep
 from workers.vault.client import STAGING_BYTES, ShardSeat, VaultClient
 from workers.vault.jobs import LOST, Block
 
 # What a shard's connections agree on: how blocks are named and framed here.
 FORMAT = fingerprint({"names": "fingerprint, hash, group", "codec": CodecName.RAW})
+# How the blocks of requests are kept that say nothing of it.
+AS_ALL = Keep()
 # Of the fingerprint in a frame.
 _SEAL_BYTES = 16
 
@@ -47,7 +52,8 @@ class Stored:
 
 class VaultPages:
     """See the module. `layout` is the fingerprint, of `page_bytes` each; a block is kept for
-    `ttl_s` (None: for ever). For the threads of a pool."""
+    `ttl_s` (None: for ever). `shape` is what codecs make of a page; without it all are stored raw.
+    For the threads of a pool."""
 
     def __init__(
         self,
@@ -56,8 +62,10 @@ class VaultPages:
         layout: bytes,
         page_bytes: int,
         ttl_s: float | None,
+        shape: PageShape | None = None,
     ) -> None:
         self._layout, self._page_bytes, self._ttl_s = layout, page_bytes, ttl_s
+        self._shape = shape
         self._seal = layout.ljust(_SEAL_BYTES, b"\0")
         self._frame_bytes = HEADER_BYTES + page_bytes
         staging_bytes = max(STAGING_BYTES, 4 * self._frame_bytes)
@@ -85,31 +93,40 @@ class VaultPages:
         return frozenset(self._key(name) for name in self._asking.has(named, timeout_s))
 
     def store(
-        self, tenant: str, pages: Iterable[Page], price: Callable[[Spot], float], timeout_s: float
+        self,
+        tenant: str,
+        pages: Iterable[Page],
+        price: Callable[[Spot], float],
+        timeout_s: float,
+        keep: Keep = AS_ALL,
     ) -> Stored:
         """Copy pages into the vault; `price` is the seconds that a block saves."""
+        codec = self._codec(keep)
         deadline_s = time.monotonic() + timeout_s
         filled: set[bytes] = set()
         sent_bytes, lost = 0, 0
         for run, members in _by_run(pages).items():
-            blocks = [self._block(page, price(page.spot), filled) for page in members]
+            blocks = [
+                self._block(page, price(page.spot), filled, codec, keep.ttl_s) for page in members
+            ]
             left_s = deadline_s - time.monotonic()
-            verdicts = self._writing.put(self._name(run), tenant, CodecName.RAW, blocks, left_s)
+            verdicts = self._writing.put(self._name(run), tenant, codec.name, blocks, left_s)
             for verdict, block in zip(verdicts, blocks, strict=True):
                 sent = verdict.outcome is Outcome.STORED and block.key in filled
                 sent_bytes += self._page_bytes * sent
                 lost += verdict == LOST
         return Stored(sent_bytes, lost)
 
-    def load(self, pages: Iterable[Page], timeout_s: float) -> list[bytes]:
+    def load(self, pages: Iterable[Page], timeout_s: float, keep: Keep = AS_ALL) -> list[bytes]:
         """Fill pages from the vault; the keys of those that are whole now. The others' bytes are
-        undefined."""
+        undefined. A page that another codec stored than `keep` allows is none of them."""
         deadline_s = time.monotonic() + timeout_s
+        codec = self._codec(keep)
         loaded: list[bytes] = []
         for run, members in _by_run(pages).items():
             rows = {self._name(page.key): page.row for page in members}
             left_s = deadline_s - time.monotonic()
-            take = partial(self._take, rows)
+            take = partial(self._take, rows, codec)
             taken = self._reading.get(self._name(run), list(rows), take, left_s)
             loaded += map(self._key, taken)
         return loaded
@@ -126,23 +143,49 @@ class VaultPages:
         for client in (self._asking, self._reading, self._writing):
             client.close()
 
-    def _block(self, page: Page, seconds_saved: float, filled: set[bytes]) -> Block:
-        name, spot = self._name(page.key), page.spot
+    def _codec(self, keep: Keep) -> Codec:
+        return CODECS[CodecName.RAW if keep.codec is None or self._shape is None else keep.codec]
+
+    def _block(
+        self,
+        page: Page,
+        seconds_saved: float,
+        filled: set[bytes],
+        codec: Codec,
+        ttl_s: float | None,
+    ) -> Block:
+        name, spot, shape = self._name(page.key), page.spot, self._shape
+        raw = shape is None or codec.name is CodecName.RAW
 
         def fill(frame: memoryview) -> None:
-            frame[HEADER_BYTES:] = page.row
-            seal(CodecName.RAW, self._seal, frame)
+            if shape is None or raw:
+                frame[HEADER_BYTES:] = page.row
+            else:
+                codec.encode(page.row[: shape.page_bytes], shape, frame[HEADER_BYTES:])
+            seal(codec.name, self._seal, frame)
             filled.add(name)
 
+        n_bytes = self._frame_bytes
+        if shape is not None and not raw:
+            n_bytes = HEADER_BYTES + codec.encoded_bytes(shape)
         parent = None if spot.parent is None else self._name(spot.parent)
-        return Block(name, parent, self._frame_bytes, seconds_saved, fill, self._ttl_s)
+        # A request may ask for longer than is usual, never for less.
+        kept_s = None if self._ttl_s is None else max(self._ttl_s, ttl_s or 0.0)
+        return Block(name, parent, n_bytes, seconds_saved, fill, kept_s)
 
-    def _take(self, rows: Mapping[bytes, memoryview], name: bytes, frame: memoryview) -> None:
-        found = open_verified(frame)
-        if (found.codec, found.fingerprint) != (CodecName.RAW, self._seal):
+    def _take(
+        self, rows: Mapping[bytes, memoryview], codec: Codec, name: bytes, frame: memoryview
+    ) -> None:
+        found, row, shape = open_verified(frame), rows[name], self._shape
+        if found.fingerprint != self._seal or found.codec not in (CodecName.RAW, codec.name):
             what = f"{found.codec} of {found.fingerprint.hex()}"
-            raise CodecError("vault block", what, f"only {self._seal.hex()} is read here")
-        rows[name][:] = found.payload
+            wanted = f"only {codec.name} of {self._seal.hex()} is read here"
+            raise CodecError("vault block", what, wanted)
+        if shape is None or found.codec == CodecName.RAW:
+            row[:] = found.payload
+            return
+        codec.decode(found.payload, shape, row[: shape.page_bytes])
+        row[shape.page_bytes :] = bytes(len(row) - shape.page_bytes)
 
     def _name(self, key: bytes) -> bytes:
         return self._layout + key

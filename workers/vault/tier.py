@@ -30,12 +30,14 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kv.codecs.page import PageShape
 from kv.curve import PrefillCurve
 from kv.eviction import recompute_s
 from kv.offload_disk import layout_of, tag_of
 from kv.vault.chains import Chains, Spot
 from workers import curve
-from workers.tiers import VAULT_STORED_BYTES, shard_names
+from workers.messages import Keep
+from workers.tiers import VAULT_STORED_BYTES, keep_of, shard_names
 from workers.vault.pages import Page, VaultPages
 
 logger = logging.getLogger(__name__)
@@ -107,11 +109,14 @@ class VaultTier(SecondaryTierManager):
         self._sent_bytes, self._step = 0, 0
         self._complained_s: dict[str, float] = {}
 
-    def attach(self, keys: curve.ClientKeys, speed: PrefillCurve) -> None:
-        """Use the vault that these keys open; `speed` is this engine's."""
+    def attach(
+        self, keys: curve.ClientKeys, speed: PrefillCurve, shape: PageShape | None = None
+    ) -> None:
+        """Use the vault that these keys open; `speed` is this engine's, `shape` that of its pages
+        where blocks may be stored by lossy codecs."""
         page_bytes = self._block_size_bytes
         self._speed = speed
-        self._vault = VaultPages(self._shards, keys, self._layout, page_bytes, self._ttl_s)
+        self._vault = VaultPages(self._shards, keys, self._layout, page_bytes, self._ttl_s, shape)
 
     def seat(self, addresses: Mapping[str, str]) -> None:
         """Where shards are reached now, by name; from any one thread."""
@@ -271,7 +276,9 @@ class VaultTier(SecondaryTierManager):
             return JobResult(job.job_id, success=False)
         tag = tag_of(job.req_context)
         patience_s = self._patience_s(STORE_S, job)
-        stored = vault.store(tag, self._pages(job, spots), self._saves_s, patience_s)
+        stored = vault.store(
+            tag, self._pages(job, spots), self._saves_s, patience_s, _keep(job.req_context)
+        )
         if stored.lost:
             self._complain("not stored: no answer in time", stored.lost)
         return JobResult(job.job_id, stored.lost == 0, transfer_bytes=stored.sent_bytes)
@@ -280,7 +287,8 @@ class VaultTier(SecondaryTierManager):
         vault = self._vault
         if vault is None:
             return JobResult(job.job_id, success=False)
-        came = vault.load(self._pages(job, spots), self._patience_s(LOAD_S, job))
+        patience_s, keep = self._patience_s(LOAD_S, job), _keep(job.req_context)
+        came = vault.load(self._pages(job, spots), patience_s, keep)
         keys = [OffloadKey(key) for key in came]
         if len(keys) < len(job.keys):
             self._complain("computed instead: they did not come, or damaged", len(job.keys))
@@ -319,6 +327,10 @@ class VaultTier(SecondaryTierManager):
         if now - self._complained_s.get(what, -_COMPLAIN_EVERY_S) >= _COMPLAIN_EVERY_S:
             self._complained_s[what] = now
             logger.warning("vault tier: %d blocks %s", blocks, what)
+
+
+def _keep(req_context: ReqContext) -> Keep:
+    return keep_of(req_context.kv_transfer_params)
 
 
 def _answer(question: _Question, vault: VaultPages, runs: Mapping[bytes, list[bytes]]) -> None:

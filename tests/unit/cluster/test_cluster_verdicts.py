@@ -4,12 +4,15 @@ from pathlib import Path
 import pytest
 
 from cluster import verdicts
+from cluster.app import engine_options
+from cluster.config import load
 from cluster.errors import CodecRefusedError
 from kv.codecs.codec import CodecName
 from kv.codecs.frame import VERSION
 from kv.codecs.gate import GateLimits, Verdict, gate_id
 from kv.codecs.table import LOSSLESS
 from workers import quality_prompts
+from workers.tiers import model_identity
 
 INT8, TQ4 = CodecName.INT8, CodecName.TQ4
 
@@ -85,3 +88,23 @@ def test_the_prompts_are_enough_and_none_is_of_another() -> None:
     heads = {text[:8] for text in texts}
     assert len(heads) == len(texts)
     assert all(text.isascii() and 600 < len(text) < 3000 for text in texts)
+
+
+def test_a_cluster_starts_with_the_codec_that_its_model_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the id that names the namespace; one that did not pass ends the start with its figures,
+    and without a vault, or a codec for it, there is nothing to pass."""
+    monkeypatch.setenv("BREAKEVEN_CACHE", str(tmp_path))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert verdicts.gates(load(None, {}), model) == {}
+    vault = {"memory_bytes": 1 << 20}
+    assert verdicts.gates(load(None, {"tiers": {"vault": vault}}), model) == {}
+    config = load(None, {"tiers": {"vault": {**vault, "lossy": "int8"}}})
+    with pytest.raises(CodecRefusedError, match="unmeasured"):
+        verdicts.gates(config, model)
+    identity = model_identity(str(model), engine_options(config, config.decode))
+    verdicts.keep(tmp_path, identity, {INT8: verdict()})
+    assert verdicts.gates(config, model) == {INT8: gate_id(identity, INT8, VERSION, GateLimits())}

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from kv.codecs.codec import CodecName
 from router.context import ServiceClass, bound
 from router.guard import Guard
 from router.intake import ROUTES
@@ -45,6 +46,7 @@ async def echo(request: Request) -> Response:
             "class": context.service_class,
             "cache_key": context.cache_key,
             "safety": context.safety_identifier,
+            "retention_s": context.retention_s,
             "request_id": context.request_id,
         },
         status_code=int(request.headers.get("x-status", 200)),
@@ -257,12 +259,54 @@ async def test_a_timeout_that_is_no_time_is_refused(asked: str) -> None:
     assert asked in error_of(reply)["message"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "codec"), [(None, None), ("int8", CodecName.INT8), ("TQ4", CodecName.TQ4)]
+)
+async def test_a_client_may_allow_a_lossy_codec(asked: str | None, codec: CodecName | None) -> None:
+    """By a header, whatever its case; nobody who does not is served from rounded blocks."""
+    seen: list[CodecName | None] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked_now = bound.get()
+        assert asked_now is not None
+        seen.append(asked_now.context.codec)
+        await JSONResponse({})(scope, receive, send)
+
+    transport = httpx.ASGITransport(Guard(app, LIMIT_BYTES))
+    headers = {} if asked is None else {"x-breakeven-codec": asked}
+    async with httpx.AsyncClient(transport=transport, base_url="http://guard") as http:
+        assert (await http.post(CHAT, content=b"{}", headers=headers)).status_code == 200
+    assert seen == [codec]
+
+
+async def test_a_codec_that_is_none_is_refused() -> None:
+    """With the names that there are: a typing error would go unnoticed otherwise."""
+    async with client() as http:
+        reply = await http.post(CHAT, content=b"{}", headers={"x-breakeven-codec": "int9"})
+    assert reply.status_code == 400
+    message = error_of(reply)["message"]
+    assert "'int9'" in message
+    assert "int8" in message
+
+
 async def test_openai_s_fields_are_bound_to_the_request() -> None:
     """Class, cache key and safety identifier reach the cluster, and stay in the body."""
     fields = {"service_tier": "flex", "prompt_cache_key": "k", "safety_identifier": "u"}
     seen = await post(fields)
     assert (seen["class"], seen["cache_key"], seen["safety"]) == ("batch", "k", "u")
     assert json.loads(seen["body"]) == fields
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept_s"),
+    [("24h", 86_400.0), ("in_memory", None), ("1h", None), (None, None), (24, None), ({}, None)],
+)
+async def test_a_day_s_retention_is_bound_to_the_request(
+    asked: object, kept_s: float | None
+) -> None:
+    """What is not OpenAI's word for a day asks for what is usual, and fails nothing here."""
+    seen = await post({} if asked is None else {"prompt_cache_retention": asked})
+    assert seen["retention_s"] == kept_s
 
 
 @pytest.mark.parametrize("tier", ["auto", "default", "scale", "priority", "unheard-of", None, [1]])

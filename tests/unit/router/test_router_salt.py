@@ -3,7 +3,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv.salt import UNTAGGED, tag_of, tagged
+from kv.codecs.codec import CodecName
+from kv.salt import UNTAGGED, lossy, tag_of, tagged
 from router.salt import Salter, tenant_salt, tenant_tag
 
 names = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=6)
@@ -56,6 +57,27 @@ def test_forgetting_a_tenant_finds_no_other_s_blocks(one: str, two: str, salt: s
         forged = tagged(tenant_tag(b"key", one), salt)
         assert tag_of(salter.salt(two, forged)) not in salter.tags(one)
     assert UNTAGGED not in salter.tags(one)
+
+
+@given(names, st.none() | salts, st.booleans())
+def test_a_lossy_request_is_named_apart(tenant: str, salt: str | None, separate: bool) -> None:
+    """By the codec and the gate that it passed, beside its exact name and under the same tag."""
+    salter = Salter(b"key", separate, {CodecName.INT8: "gate"})
+    exact = salter.salt(tenant, salt)
+    rounded = salter.salt(tenant, salt, CodecName.INT8)
+    assert rounded == lossy(exact, "int8", "gate") != exact
+    assert tag_of(rounded) == tag_of(exact)
+
+
+@given(names, st.none() | salts, st.booleans())
+def test_a_codec_without_a_gate_changes_no_name(
+    tenant: str, salt: str | None, separate: bool
+) -> None:
+    """Who allows a codec that the model may not use is served exactly, from exact blocks."""
+    salter = Salter(b"key", separate, {CodecName.INT8: "gate"})
+    for codec in (CodecName.TQ4, CodecName.RAW, None):
+        assert salter.salt(tenant, salt, codec) == salter.salt(tenant, salt)
+        assert salter.gate(codec) is None
 
 
 def test_a_tag_needs_the_secret() -> None:

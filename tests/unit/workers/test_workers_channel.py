@@ -17,6 +17,7 @@ import zmq.asyncio
 
 import workers
 from kv.catalogue import Tier
+from kv.codecs.codec import CodecName
 from kv.plan import Hints
 from workers import channel, server
 from workers.channel import ChannelLink
@@ -28,6 +29,7 @@ from workers.messages import (
     Delta,
     Forget,
     Forgotten,
+    Keep,
     Load,
     Reply,
     Reset,
@@ -53,7 +55,7 @@ class NotingEngine:
 
     held: bytes = b"k" * 16
     on_disk: bytes = b""
-    hints: list[Hints | None] = field(default_factory=list)
+    hints: list[tuple[Hints | None, Keep | None]] = field(default_factory=list)
     added: list[Any] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     forgot: int = 0
@@ -61,11 +63,13 @@ class NotingEngine:
     failure: BaseException | None = None
     stalled: float = 0.0
 
-    def add(self, request: Any, answered: list[int], hints: Hints | None) -> None:
+    def add(
+        self, request: Any, answered: list[int], hints: Hints | None, keep: Keep | None
+    ) -> None:
         if request == b"bad":
             raise ValueError("no such option")
         self.added.append(request)
-        self.hints.append(hints)
+        self.hints.append((hints, keep))
 
     def abort(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
@@ -204,9 +208,10 @@ async def test_a_request_s_hints_reach_the_engine(pair: Pair) -> None:
     """As they were sent; none is none."""
     hints = Hints(64, (Tier.HOST,), 0.5)
     pair.link.send(SUBMIT)
-    pair.link.send(msgspec.structs.replace(SUBMIT, request_id="r2", hints=hints))
+    keep = Keep(CodecName.INT8, 60.0)
+    pair.link.send(msgspec.structs.replace(SUBMIT, request_id="r2", hints=hints, keep=keep))
     await until(lambda: len(pair.engine.added) == 2)
-    assert pair.engine.hints == [None, hints]
+    assert pair.engine.hints == [(None, None), (hints, keep)]
 
 
 async def test_load_is_told_when_it_changes(pair: Pair) -> None:

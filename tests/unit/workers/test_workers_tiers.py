@@ -4,9 +4,10 @@ import msgspec
 import pytest
 
 from kv.catalogue import Tier
+from kv.codecs.codec import CodecName
 from kv.plan import UNHINTED, Hints
 from workers.connector import KEEP_FOR_DECODE, transfer_config
-from workers.messages import Role
+from workers.messages import Keep, Role
 from workers.tiers import (
     STAGING_BYTES,
     TIERED_CONNECTOR,
@@ -17,6 +18,7 @@ from workers.tiers import (
     Tiers,
     Vault,
     VaultDisk,
+    keep_of,
     model_identity,
     peer_of,
     shard_names,
@@ -155,11 +157,20 @@ def test_what_is_not_a_tier_is_refused(wrong: dict[str, object]) -> None:
         msgspec.convert(wrong, Tiers)
 
 
-def test_a_vault_takes_no_lossy_codec() -> None:
-    """Lossy blocks under lossless names would be wrong tokens; the error says what is missing."""
-    assert msgspec.convert({"memory_bytes": 5, "codec": "raw"}, Vault).codec == "raw"
-    with pytest.raises(msgspec.ValidationError, match=r"codec int8: .* namespace of its own"):
-        msgspec.convert({"memory_bytes": 5, "codec": "int8"}, Vault)
+def test_a_vault_s_lossy_codec_is_one_that_loses() -> None:
+    """None unless it is set; `raw` is what all others are stored by."""
+    assert msgspec.convert({"memory_bytes": 5}, Vault).lossy is None
+    assert msgspec.convert({"memory_bytes": 5, "lossy": "int8"}, Vault).lossy is CodecName.INT8
+    for wrong in ("raw", "int9"):
+        with pytest.raises(msgspec.ValidationError, match=r"lossy|int9"):
+            msgspec.convert({"memory_bytes": 5, "lossy": wrong}, Vault)
+
+
+def test_how_blocks_are_kept_reaches_the_tiers() -> None:
+    """It comes back as it was given; what says nothing is kept as all are."""
+    keep = Keep(CodecName.INT8, 86_400.0)
+    assert keep_of(with_hints(None, "aa", keep=keep)) == keep
+    assert keep_of(with_hints(None, "aa")) == keep_of(None) == Keep()
 
 
 def test_shards_are_named_by_number() -> None:
