@@ -29,7 +29,8 @@ def test_a_vault_outlives_engines_and_itself(
     disk, config = tmp_path / "disk", tmp_path / "vault.yaml"
     # By costs such a small model computes: it is faster than the question to the vault.
     config.write_text(
-        "router: {policy: least_loaded}\ntiers: {host: {bytes: 16777216}, vault: {memory_bytes: 33554432, "
+        "router: {policy: least_loaded}\n"
+        "tiers: {host: {bytes: 16777216}, vault: {memory_bytes: 33554432, "
         f"disk: {{path: {disk}, bytes: 67108864}}}}}}"
     )
     words = ["--config", str(config), "--model", str(tiny_model), "--prefill", "0", "--decode", "1"]
