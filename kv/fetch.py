@@ -17,6 +17,7 @@ from kv.curve import LinkCurve
 GUESSES: Mapping[Tier, LinkCurve] = {
     Tier.HOST: LinkCurve(0.005, 5e-10),
     Tier.DISK: LinkCurve(0.015, 2e-9),
+    Tier.PEER: LinkCurve(0.02, 1e-9),
     Tier.VAULT: LinkCurve(0.02, 2e-9),
 }
 # A guess weighs as much as having seen so many bytes.

@@ -87,12 +87,14 @@ class Hints:
 
     Of the prompt's first `reach_tokens` (None: of all) those that its paged KV lacks, from `tiers`,
     as far as they are there within `deadline_s` of being asked for (None: however long that takes).
-    What lies behind is computed, whatever tiers hold. By default everything is.
+    What lies behind is computed, whatever tiers hold. By default everything is. `peer` is where
+    another replica lends blocks; without it none is asked.
     """
 
     reach_tokens: int | None = 0
     tiers: tuple[Tier, ...] = ()
     deadline_s: float | None = None
+    peer: str | None = None
 
 
 # For plans that know nothing of tiers: the engine takes what it has.

@@ -1,7 +1,7 @@
 """An immutable view of the cluster, made for one request."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import overload
 
@@ -107,7 +107,8 @@ class Snapshot:
     """All that a plan is made from. `links` holds the warmed (prefill, decode) pairs only.
 
     `columns` are the same once more for pricing all plans at once, if whoever makes the snapshot
-    keeps them. `blind`: the catalogue did not answer, so that hits of 0 mean nothing.
+    keeps them. `blind`: the catalogue did not answer, so that hits of 0 mean nothing. `peers` are
+    the addresses of replicas that lend blocks of their host tiers, by name.
     """
 
     prefill: Sequence[ReplicaView]
@@ -116,6 +117,7 @@ class Snapshot:
     kv_bytes_per_token: int
     columns: Columns | None = None
     blind: bool = False
+    peers: Mapping[str, str] = field(default_factory=dict)
 
     def without(self, names: Collection[str]) -> "Snapshot":
         """The same view less some replicas; the decode replicas stay if no other is there."""

@@ -1,6 +1,8 @@
 """Fixtures that more than one folder of tests uses."""
 
+import contextlib
 import os
+import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +40,13 @@ def tiny_model(cache_dir: Path, default_model: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
+    # Below the range that the kernel gives out: whoever starts between the pick and its use, and a
+    # cluster starts dozens of sockets, may be given it otherwise.
     def pick() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        return port
+        while True:
+            port = random.randrange(20_000, 32_000)
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
 
     return pick

@@ -180,7 +180,7 @@ def _told(hints: Hints) -> dict[str, Any]:
         told["kv_load_tiers"] = [_MATCHERS[tier] for tier in hints.tiers if tier in _MATCHERS]
     if hints.deadline_s is not None:
         told[DEADLINE] = hints.deadline_s
-    return told
+    return told if hints.peer is None else with_peer(told, PeerHint(hints.peer, hints.deadline_s))
 
 
 def keep_of(params: Mapping[str, Any] | None) -> Keep:

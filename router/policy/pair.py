@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kv.catalogue import Tier
 from kv.plan import UNHINTED, Hints, Plan, Reason, Rival, Shape, Source, Span
 from router.columns import (
     BASE_S,
@@ -30,7 +31,7 @@ from router.columns import (
     Floats,
 )
 from router.errors import NoReplicaError
-from router.policy import tiers
+from router.policy import peer, tiers
 from router.policy.question import Question
 from router.policy.session import preferred
 
@@ -244,6 +245,27 @@ def _spans(prompt_tokens: int, prices: _Prices, best: int) -> tuple[Span, ...]:
 def _hints(question: Question, prices: _Prices, best: int, spans: tuple[Span, ...]) -> Hints:
     """Nothing beyond the plan's hits and fetches: the rest was not worth it, or is not there. Where
     nobody can say what tiers hold they are asked, for as long as computing would take."""
+    hints, at = _own_hints(question, prices, best, spans), prices.computes(best)
+    snapshot, start = question.snapshot, spans[-1].start_token
+    if question.local_only or not snapshot.peers:
+        return hints
+    found = peer.lender(
+        prices.columns,
+        snapshot.peers,
+        at,
+        start,
+        question.prompt_tokens,
+        snapshot.kv_bytes_per_token,
+    )
+    if found is None:
+        return hints
+    reach = None if hints.reach_tokens is None else found.reach_tokens
+    deadline_s = (hints.deadline_s or 0.0) + found.saved_s
+    return Hints(reach, (*hints.tiers, Tier.PEER), deadline_s, found.address)
+
+
+def _own_hints(question: Question, prices: _Prices, best: int, spans: tuple[Span, ...]) -> Hints:
+    """Of the tiers of whoever computes."""
     at, columns = prices.computes(best), prices.columns
     fetches = [span for span in spans if span.source is Source.FETCH]
     if not fetches:

@@ -2,6 +2,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -52,9 +53,11 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         self.links: dict[tuple[str, str], LinkCurve] = {}
         self.shown: list[tuple[Snapshot, list[object]]] = []
 
-    @rule(name=some_name, role=some_role, up=st.booleans())
-    def come(self, name: str, role: Role, up: bool) -> None:
+    @rule(name=some_name, role=some_role, up=st.booleans(), lends=st.booleans())
+    def come(self, name: str, role: Role, up: bool, lends: bool) -> None:
         replica = sim_replica(name, role, SimCosts(), epoch=f"{name}/{len(self.shown)}")
+        if lends:
+            replica = msgspec.structs.replace(replica, peer_address=f"tcp://{replica.epoch}")
         member = Member(
             replica,
             lambda _: Nowhere(),
@@ -139,6 +142,9 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
             ]
             assert list(pool) == routable
             assert list(pool[:1]) == routable[:1]
+        shown = [*self.routable(Role.DECODE), *self.routable(Role.PREFILL)]
+        addresses = {m.name: m.replica.peer_address for m in shown if m.replica.peer_address}
+        assert dict(snapshot.peers) == addresses
         self.columns_are_those_of_the_rows(snapshot)
         self.prices_are_those_of_the_links(snapshot)
         self.shown.append((snapshot, [*snapshot.prefill, *snapshot.decode]))

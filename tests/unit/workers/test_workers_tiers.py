@@ -102,6 +102,9 @@ def test_a_plan_s_hints_are_in_vllms_words() -> None:
     }
     assert with_hints(None, "", UNHINTED) == {"tag": ""}
     assert with_hints({"do_remote_prefill": True}, "", fetch)["max_load_tokens"] == 0
+    lent = with_hints(None, "", Hints(96, (Tier.PEER,), 0.5, "tcp://10.0.0.1:5"))
+    assert peer_of(lent) == PeerHint("tcp://10.0.0.1:5", 0.5)
+    assert lent["kv_load_tiers"] == [{"medium": "CPU", "locality": "REMOTE"}]
 
 
 def test_a_peer_comes_last_and_waits_as_long_as_it_is_set() -> None:
