@@ -6,8 +6,9 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -70,7 +71,6 @@ class ReplicaProcess:
         from workers import options
         from workers.engine import Engine
         from workers.probe import probe
-        from workers.quality import page_shape
 
         began = time.monotonic()
         settings = self._settings
@@ -79,20 +79,12 @@ class ReplicaProcess:
         transfer = connector.transfer_config(
             settings.role, current_platform.device_type, settings.lease_s
         )
-        if settings.tiers:
-            transfer["engine_id"] = f"{Path(settings.scratch).parent.name}-{uuid.uuid4().hex}"
-            identity = model_identity(settings.model, settings.engine)
-            transfer = with_tiers(transfer, settings.tiers, identity)
-        config = options.engine_config(parsed, transfer, events=True)
+        config = options.engine_config(parsed, self._with_tiers(transfer), events=True)
         self._engine = Engine(config, self._server.report)
         keys = settings.peer_keys
         peer_address = "" if keys is None else self._engine.open_peers(settings.host, keys)
         samples, step_s = probe(self._engine.core, settings.probe_s, settings.seed)
-        if self._engine.vault is not None and settings.vault_keys is not None:
-            measured = [PrefillSample(*sample) for sample in samples]
-            vault = settings.tiers.vault
-            shape = page_shape(self._engine.core) if vault is not None and vault.lossy else None
-            self._engine.vault.attach(settings.vault_keys, fit_prefill(measured), shape)
+        self._open_vault([PrefillSample(*sample) for sample in samples])
         logger.info("%s: engine ready in %.1f s", self.name, time.monotonic() - began)
         return Replica(
             name=self.name,
@@ -111,6 +103,29 @@ class ReplicaProcess:
             hardware=options.hardware(config),
             peer_address=peer_address,
         )
+
+    def _with_tiers(self, transfer: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's `kv_transfer_config`, with the tiers that are set."""
+        settings = self._settings
+        if not settings.tiers:
+            return transfer
+        transfer["engine_id"] = f"{Path(settings.scratch).parent.name}-{uuid.uuid4().hex}"
+        identity = model_identity(settings.model, settings.engine)
+        return with_tiers(transfer, settings.tiers, identity)
+
+    def _open_vault(self, measured: Sequence[PrefillSample]) -> None:
+        """Use the vault, if one is set; `measured` says what its blocks save."""
+        from workers.quality import page_shape
+
+        section, keys, tier = (
+            self._settings.tiers.vault,
+            self._settings.vault_keys,
+            self._engine.vault,
+        )
+        if section is None or keys is None or tier is None:
+            return
+        shape = None if section.lossy is None else page_shape(self._engine.core)
+        tier.attach(keys, fit_prefill(measured), shape)
 
     async def serve(self) -> None:
         """Answer the channel until cancelled."""
