@@ -194,7 +194,7 @@ class Erasing(Protocol):
 
     def erase(self, tags: Collection[str]) -> int:
         """Remove every block with one of these tags, and store none that waits to be; how many
-        are gone now.."""
+        are gone now."""
         ...
 
 

@@ -85,10 +85,17 @@ class Pools:
     def _held(self, tiers: Mapping[str, Mapping[Tier, int]]) -> dict[int, dict[Tier, int]]:
         """Leading tokens that tiers hold, by the place of their replica."""
         places = {epoch: place for place, epoch in enumerate(self._epochs) if epoch in tiers}
-        return {
+        held = {
             place: {tier: depth * self._block_tokens for tier, depth in tiers[epoch].items()}
             for epoch, place in places.items()
         }
+        # A vault is everybody's, whoever stored there.
+        vault_blocks = max(found.get(Tier.VAULT, 0) for found in tiers.values())
+        if vault_blocks:
+            for place, row in enumerate(self._rows):
+                if any(view.tier is Tier.VAULT for view in row.tiers):
+                    held.setdefault(place, {})[Tier.VAULT] = vault_blocks * self._block_tokens
+        return held
 
     def _with(self, others: Mapping[str, Taken]) -> tuple[list[ReplicaView], Floats]:
         """Rows and loads, with what other ingresses have sent on top."""

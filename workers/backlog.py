@@ -28,7 +28,8 @@ class Backlog:
             self._cached[request.request_id] = cached
 
     def tokens(self) -> list[int]:
-        """Prompt tokens of each request that has some to compute; a handoff brings them instead."""
+        """Prompt tokens of each request that has some to compute. A handoff brings them instead,
+        and tiers as many as its plan fetches."""
         requests = self._scheduler.requests
         waiting = ((name, requests.get(name)) for name in self._cached)
         self._cached = {
@@ -42,5 +43,6 @@ class Backlog:
             return 0
         if request.status == _RECEIVING:
             return 0
-        had = request.num_computed_tokens or self._cached.get(request.request_id, 0)
+        cached, fetched = self._cached.get(request.request_id, 0), params.get("max_load_tokens")
+        had = request.num_computed_tokens or max(cached, fetched or 0)
         return int(max(0, request.num_prompt_tokens - had))

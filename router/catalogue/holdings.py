@@ -123,10 +123,10 @@ class Holdings:
 
 
 def _further(held: Mapping[Holder, int], depths: Mapping[str, int]) -> dict[str, dict[Tier, int]]:
-    """What tiers hold beyond the paged KV of their replica."""
+    """What tiers hold beyond the paged KV of their replica; of a vault all: others may fetch it."""
     further: dict[str, dict[Tier, int]] = {}
     for (epoch, tier), depth in held.items():
-        if depth > depths.get(epoch, 0):
+        if depth > depths.get(epoch, 0) or tier is Tier.VAULT:
             further.setdefault(epoch, {})[tier] = depth
     return further
 

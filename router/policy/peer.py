@@ -63,4 +63,5 @@ def _held(columns: Columns) -> Floats:
     tiers = columns.tiers
     if tiers is None or Tier.HOST not in tiers.order:
         return columns.hit_tokens
-    return np.maximum(columns.hit_tokens, tiers.tokens[tiers.order.index(Tier.HOST)])
+    held: Floats = np.maximum(columns.hit_tokens, tiers.tokens[tiers.order.index(Tier.HOST)])
+    return held

@@ -16,7 +16,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from kv.curve import PrefillCurve
 from kv.offload import Tiers
 from kv.offload_host import HostTier
-from tests.vault.shard_process import SECRET, ShardHandle, shard
+from tests.vault.shard_process import SECRET, ShardHandle, client, shard
 from tests.waiting import await_that
 from workers import connector
 from workers.vault import tier as tier_module
@@ -217,6 +217,30 @@ def test_what_waits_to_be_stored_is_not_once_its_tenant_is_erased(
     other = stack()
     expected = [LookupResult.MISS] * 4 + [LookupResult.HIT] * 2
     assert other.found(other.request("c", 8), KEYS[:6]) == expected
+
+
+def test_what_the_vault_has_is_told(stack: Callable[[], _Stack], running: ShardHandle) -> None:
+    """By who stored it, by who found it, until it is erased, or is found to be gone."""
+
+    def told(one: _Stack) -> list[tuple[set[Any], bool]]:
+        return [(set(event.keys), event.removed) for event in one.vault.take_events()]
+
+    one, other = stack(), stack()
+    one.store(one.request("a", 8, "aa"), KEYS[:3])
+    one.settle()
+    assert told(one) == [(set(KEYS[:3]), False)]
+    other.found(other.request("b", 8, "aa"), KEYS[:8])
+    other.settle()
+    assert told(other) == [(set(KEYS[:3]), False)]
+    one.tiers.erase({"aa"})
+    one.settle()
+    assert told(one) == [(set(KEYS[:3]), True)]
+    with client(running, fingerprint=FORMAT) as vault:
+        await_that(lambda: vault.stats(5.0)["vault-0"].blocks == 0, "it is erased", 10.0)  # type: ignore[union-attr]
+    # It has them in host memory; who has not asks again.
+    other.tiers.reset_cache()
+    other.found(other.request("c", 8, "aa"), KEYS[:8])
+    assert told(other) == [(set(KEYS[:3]), True)]
 
 
 def test_an_erasure_that_a_shard_does_not_confirm_is_not_told(

@@ -44,10 +44,12 @@ class Page:
 @dataclass(frozen=True, slots=True)
 class Stored:
     """What became of a store: `sent_bytes` of pages that the vault took, `lost` of which nobody
-    said anything. The others were there already, or are not worth their place."""
+    said anything. `held` are the keys that are there now, whoever sent them; the others are not
+    worth their place."""
 
     sent_bytes: int
     lost: int
+    held: tuple[bytes, ...] = ()
 
 
 class VaultPages:
@@ -104,7 +106,7 @@ class VaultPages:
         codec = self._codec(keep)
         deadline_s = time.monotonic() + timeout_s
         filled: set[bytes] = set()
-        sent_bytes, lost = 0, 0
+        sent_bytes, lost, held = 0, 0, list[bytes]()
         for run, members in _by_run(pages).items():
             blocks = [
                 self._block(page, price(page.spot), filled, codec, keep.ttl_s) for page in members
@@ -112,10 +114,11 @@ class VaultPages:
             left_s = deadline_s - time.monotonic()
             verdicts = self._writing.put(self._name(run), tenant, codec.name, blocks, left_s)
             for verdict, block in zip(verdicts, blocks, strict=True):
-                sent = verdict.outcome is Outcome.STORED and block.key in filled
-                sent_bytes += self._page_bytes * sent
+                if verdict.outcome is Outcome.STORED:
+                    held.append(self._key(block.key))
+                    sent_bytes += self._page_bytes * (block.key in filled)
                 lost += verdict == LOST
-        return Stored(sent_bytes, lost)
+        return Stored(sent_bytes, lost, tuple(held))
 
     def load(self, pages: Iterable[Page], timeout_s: float, keep: Keep = AS_ALL) -> list[bytes]:
         """Fill pages from the vault; the keys of those that are whole now. The others' bytes are

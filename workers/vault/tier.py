@@ -21,6 +21,7 @@ from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
     Medium,
+    OffloadingEvent,
     OffloadKey,
     ReqContext,
     RequestOffloadingContext,
@@ -35,6 +36,7 @@ from kv.curve import PrefillCurve
 from kv.eviction import recompute_s
 from kv.offload_disk import layout_of, tag_of
 from kv.vault.chains import Chains, Spot
+from kv.vault.known import Known
 from workers import curve
 from workers.messages import Keep
 from workers.tiers import VAULT_STORED_BYTES, keep_of, shard_names
@@ -58,12 +60,13 @@ _LOADERS = 4
 @dataclass(slots=True)
 class _Question:
     """What was asked for one request; `held` is None until that is known. `first` is the block
-    that was looked up first in a `step`."""
+    that was looked up first in a `step`, `asked` the keys whose answer is not noted yet."""
 
     end_s: float
     held: frozenset[bytes] | None = None
     step: int = -1
     first: bytes = b""
+    asked: tuple[bytes, ...] = ()
 
 
 class VaultTier(SecondaryTierManager):
@@ -107,6 +110,7 @@ class VaultTier(SecondaryTierManager):
         self._void: set[int] = set()  # jobs that are to store nothing more
         self._forgetting: Future[bool] | None = None
         self._sent_bytes, self._step = 0, 0
+        self._known = Known()
         self._complained_s: dict[str, float] = {}
 
     def attach(
@@ -139,6 +143,11 @@ class VaultTier(SecondaryTierManager):
                 return self._later(question, key)
             question.held = frozenset()
             self._complain("asked for in vain: no answer in time", len(self._chains(req_context)))
+        elif question.asked:
+            gone = [OffloadKey(each) for each in question.asked if each not in question.held]
+            self._known.drop(gone)
+            self._known.add(map(OffloadKey, question.held), tag_of(req_context))
+            question.asked = ()
         return LookupResult.HIT if key in question.held else LookupResult.MISS
 
     def _later(self, question: _Question, key: OffloadKey) -> LookupResult:
@@ -161,6 +170,7 @@ class VaultTier(SecondaryTierManager):
             question.held = frozenset()
         else:
             runs = self._chains(req_context).runs()
+            question.asked = tuple(key for keys in runs.values() for key in keys)
             self._asks.submit(_answer, question, vault, runs)
         return question
 
@@ -198,8 +208,16 @@ class VaultTier(SecondaryTierManager):
             self._storing.pop(result.job_id, None)
             if not job.is_promotion:
                 self._sent_bytes += result.transfer_bytes or 0
+                self._known.add(result.successful_keys or (), tag_of(job.req_context))
         self._running = {each for each in self._running if not each.done()}
         return results
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        stored, removed = self._known.take()
+        told = ((stored, False), (removed, True))
+        return [
+            OffloadingEvent(keys, self.medium, gone, self.locality) for keys, gone in told if keys
+        ]
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         if not self._sent_bytes:
@@ -238,6 +256,7 @@ class VaultTier(SecondaryTierManager):
         for job_id, job in self._jobs.items():
             if not job.is_promotion and tag_of(job.req_context) in tags:
                 self._void.add(job_id)
+        self._known.forget(tags)
         self._forgetting = self._stores.submit(self._forget, frozenset(tags))
         return 0
 
@@ -281,7 +300,8 @@ class VaultTier(SecondaryTierManager):
         )
         if stored.lost:
             self._complain("not stored: no answer in time", stored.lost)
-        return JobResult(job.job_id, stored.lost == 0, transfer_bytes=stored.sent_bytes)
+        held = [OffloadKey(key) for key in stored.held]
+        return JobResult(job.job_id, stored.lost == 0, held, transfer_bytes=stored.sent_bytes)
 
     def _load(self, job: TransferJob, spots: dict[OffloadKey, Spot]) -> JobResult:
         vault = self._vault

@@ -47,6 +47,14 @@ def test_tiers_count_where_they_hold_more_than_the_device() -> None:
     assert holdings.look("me", KEYS) == Found({}, {}, {"a": {Tier.DISK: 2}})
 
 
+def test_what_is_in_a_vault_counts_beside_the_device() -> None:
+    """Another engine, which has nothing, can fetch it."""
+    holdings = Holdings()
+    holdings.follow("a", Blocks(0, stored=joined(0, 1, 2), snapshot=True))
+    holdings.follow("a", Blocks(1, stored=joined(0, 1), tier=Tier.VAULT))
+    assert holdings.look("me", KEYS) == Found({"a": 3}, {}, {"a": {Tier.VAULT: 2}})
+
+
 def test_a_restarted_engine_has_no_tier_of_its_predecessor() -> None:
     """Whatever it held in host memory is gone with it, at once; what it left on disk is told by
     the engine that finds it."""

@@ -22,7 +22,7 @@ some_name = st.sampled_from(["a", "b", "c", "d"])
 some_role = st.sampled_from(Role)
 
 
-some_behind = st.sampled_from([Tier.HOST, Tier.DISK])
+some_behind = st.sampled_from([Tier.HOST, Tier.DISK, Tier.VAULT])
 
 
 def with_hits(
@@ -84,7 +84,7 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         name=some_name,
         waiting=st.integers(0, 3),
         draining=st.booleans(),
-        tiers=st.sets(st.sampled_from([Tier.DISK, Tier.HOST])),
+        tiers=st.sets(some_behind),
         unnamed=st.integers(0, 1),
     )
     def report(
@@ -125,6 +125,8 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         held = {epochs[name]: depth for name, depth in depths.items() if name in epochs}
         taken = {epochs[name]: Taken(n, n, 100 * n) for name, n in others.items() if name in epochs}
         further = {epochs[name]: found for name, found in behind.items() if name in epochs}
+        # What anybody told of the vault is there for all who have one.
+        vault = max((found.get(Tier.VAULT, 0) for found in further.values()), default=0)
         snapshot = self.pools.snapshot(Found(held, taken, further), self.links)
         for role, pool in ((Role.PREFILL, snapshot.prefill), (Role.DECODE, snapshot.decode)):
             routable = [
@@ -135,7 +137,7 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
                         taken.get(m.replica.epoch, NOTHING),
                     ),
                     held.get(m.replica.epoch, 0) * m.replica.block_tokens,
-                    further.get(m.replica.epoch, {}),
+                    {**further.get(m.replica.epoch, {}), Tier.VAULT: vault},
                     m.replica.block_tokens,
                 )
                 for m in self.routable(role)
