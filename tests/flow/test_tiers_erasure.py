@@ -2,7 +2,6 @@
 holds up: neither steps nor requests. vLLM's manager over real memory and files, without an
 engine."""
 
-import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -12,13 +11,13 @@ from typing import Any
 
 import pytest
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext, make_offload_key
-from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from kv import offload_disk
 from kv.errors import DiskError
 from kv.offload import Tiers
 from kv.offload_disk import DiskTier
 from kv.offload_host import HostTier
+from tests.flow.host_region import host_region
 
 PAGE = 4096
 MINE, OTHER = (make_offload_key(name * 32, 0) for name in (b"m", b"o"))
@@ -28,8 +27,7 @@ class _Stack:
     """Host and disk tier, and the steps that an engine would make."""
 
     def __init__(self, folder: Path) -> None:
-        region = SharedOffloadRegion(f"test-{secrets.token_hex(8)}", 8, None, PAGE, PAGE)
-        primary = HostTier(8, region)
+        primary = HostTier(8, host_region(8, PAGE))
         spec: Any = SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=True))
         view = primary.get_kv_memoryview()
         self.disk = DiskTier(spec, view, "DiskTier", str(folder), 1 << 20, "model")

@@ -1,7 +1,6 @@
 """Loans of the host tier's blocks against the stores, evictions and resets that go on beside."""
 
 import random
-import secrets
 import threading
 from typing import Any
 
@@ -9,19 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
-from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 
 from kv.loan import Loan
 from kv.offload_host import HostTier
+from tests.flow.host_region import host_region
 
 CHUNKS, PAGE = 8, 4096
 KEYS = [make_offload_key(b"%032d" % n, 0) for n in range(12)]
 
 
 def host() -> HostTier:
-    region = SharedOffloadRegion(f"test-{secrets.token_hex(8)}", CHUNKS, None, PAGE, PAGE)
-    return HostTier(CHUNKS, region)
+    return HostTier(CHUNKS, host_region(CHUNKS, PAGE))
 
 
 def store(tier: HostTier, key: Any, name: str = "r") -> bool:

@@ -1,6 +1,5 @@
 """The vault as a tier of vLLM's manager: real memory and a real shard, without an engine."""
 
-import secrets
 import signal
 import threading
 import time
@@ -11,11 +10,11 @@ from typing import Any
 
 import pytest
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext, make_offload_key
-from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from kv.curve import PrefillCurve
 from kv.offload import Tiers
 from kv.offload_host import HostTier
+from tests.flow.host_region import host_region
 from tests.vault.shard_process import SECRET, ShardHandle, client, shard
 from tests.waiting import await_that
 from workers import connector
@@ -32,8 +31,7 @@ class _Stack:
     """Host tier and vault, and the steps that an engine would make."""
 
     def __init__(self, address: str) -> None:
-        region = SharedOffloadRegion(f"test-{secrets.token_hex(8)}", ROWS, None, PAGE, PAGE)
-        primary = HostTier(ROWS, region)
+        primary = HostTier(ROWS, host_region(ROWS, PAGE))
         group = SimpleNamespace(group_id=0, tokens_per_block=TOKENS, layer_names=["a"])
         spec: Any = SimpleNamespace(config=SimpleNamespace(groups=[group]))
         self.view = primary.get_kv_memoryview()
