@@ -27,9 +27,10 @@ class Known:
     def add(self, keys: Iterable[bytes], tag: str) -> None:
         """These are there."""
         for key in keys:
-            if key not in self._tags:
+            if key in self._removed:  # nobody has heard that it was gone
+                del self._removed[key]
+            elif key not in self._tags:
                 self._stored[key] = None
-                self._removed.pop(key, None)
             self._tags[key] = tag
             self._tags.move_to_end(key)
         while len(self._tags) > self._most:

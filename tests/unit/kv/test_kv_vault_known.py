@@ -1,6 +1,6 @@
 """What a replica tells of a vault, held against plain sets."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kv.vault.known import Known
@@ -17,6 +17,7 @@ STEPS = st.lists(
 )
 
 
+@example([("add", [b"1"], "a"), ("take", [], ""), ("drop", [b"1"], ""), ("add", [b"1"], "a")])
 @given(STEPS)
 def test_what_is_told_adds_up_to_what_is_known(steps: list[tuple[str, list[bytes], str]]) -> None:
     """Whoever follows what was told holds exactly what is known; nothing comes twice, and nothing
