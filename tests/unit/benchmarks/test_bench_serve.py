@@ -1,6 +1,9 @@
 """What the serving benchmark makes of what it measures."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from benchmarks import result
 from benchmarks.result import Store, at_least, at_most
 from benchmarks.serve.conversations import reusable
 from benchmarks.serve.interference import waited
-from benchmarks.serve.load import Answer, Arrival
+from benchmarks.serve.load import Answer, Arrival, undelayed
 
 
 def _event(choice: dict[str, Any]) -> bytes:
@@ -82,3 +85,25 @@ def test_an_interrupted_run_goes_on_behind_what_it_has(
     assert "first" not in Store(module, quick=True)
     monkeypatch.setattr(result, "commit", lambda: "def")
     assert "first" not in Store(module, quick=False)
+
+
+def test_a_client_runs_before_the_servers_it_measures_and_then_as_before() -> None:
+    """While a client is open its thread is scheduled in real time; no child of it is, and
+    afterwards it is not either."""
+    if not _may_be_scheduled_in_real_time():
+        pytest.skip("no permission for real-time scheduling here")
+    before = os.sched_getscheduler(0)
+    with undelayed():
+        within = os.sched_getscheduler(0)
+        child = subprocess.check_output(
+            [sys.executable, "-c", "import os; print(os.sched_getscheduler(0))"], text=True
+        )
+    assert within & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR
+    assert int(child) == os.SCHED_OTHER
+    assert os.sched_getscheduler(0) == before
+
+
+def _may_be_scheduled_in_real_time() -> bool:
+    code = "import os; os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))"
+    tried = subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL, check=False)
+    return tried.returncode == 0
