@@ -11,7 +11,17 @@ from benchmarks.tiers import plots
 
 SUITE = runner.Suite(
     folder=Path(__file__).resolve().parent,
-    parts=("restore", "copies", "stores", "codecs", "eviction", "peers", "vault", "peer"),
+    parts=(
+        "restore",
+        "vault_restore",
+        "copies",
+        "stores",
+        "codecs",
+        "eviction",
+        "peers",
+        "vault",
+        "peer",
+    ),
     draw=plots.draw,
 )
 

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,58 @@ def test_another_replica_finds_what_one_stored(
         finally:
             one = engine[0]
             assert one.ask("seat", addresses={vault.name: vault.seat.address})
+
+
+def test_readers_at_once_have_one_answer_and_one_fetch(
+    engine: tuple[VaultEngine, dict[int, Any]],
+) -> None:
+    """Four requests for a prompt that only the vault has, and one for another such prompt: every
+    answer is a device hit's, and no block comes twice."""
+    one, hits = engine
+    assert one.ask("reset", host=True)
+    before = one.ask("totals")
+    answers = one.ask("burst", prompts=[(31, 31)] * 4 + [(33, 33)], n=8)
+    assert answers == [hits[31]["tokens"]] * 4 + [hits[33]["tokens"]]
+    after = one.ask("totals")
+    assert after["vault_loaded_bytes"] - before["vault_loaded_bytes"] == 64 * BLOCK_BYTES
+    assert after["failed_loads"] == before["failed_loads"]
+    assert one.ask("books") == BALANCED
+
+
+def test_replicas_that_read_at_once_do_not_disturb_each_other(
+    tiny_model: Path, tmp_path: Path, engine: tuple[VaultEngine, dict[int, Any]], vault: ShardHandle
+) -> None:
+    """Two processes ask one shard for the same blocks at the same time, again and again."""
+    one, hits = engine
+    with _engine(tiny_model, tmp_path, vault) as other:
+        for _ in range(3):
+            assert one.ask("reset", host=True)
+            assert other.ask("reset", host=True)
+            with ThreadPoolExecutor(2) as both:
+                answers = list(both.map(lambda reader: reader.run(70, 70), (one, other)))
+            for answer in answers:
+                served(answer, hits[70], 70)
+        assert one.ask("books") == other.ask("books") == BALANCED
+
+
+def test_a_handoff_passes_a_vault_by(
+    tiny_model: Path, tmp_path: Path, engine: tuple[VaultEngine, dict[int, Any]], vault: ShardHandle
+) -> None:
+    """A prefill engine takes its prefix from the vault and hands off; who is handed off to takes
+    nothing else, though its vault has the prompt too; and what it took, it does not store again."""
+    one, hits = engine
+    with _engine(tiny_model, tmp_path, vault, role="prefill") as prefill:
+        handed = prefill.ask("handoff", seed=33, blocks=33)
+        assert handed["prompt_tokens_vault"] == 33 * BLOCK_TOKENS
+        assert handed["computed"] == 5
+        assert one.ask("reset", host=True)
+        taken = one.ask("take", seed=33, blocks=33, handoff=handed["handoff"])
+        assert taken["tokens"] == hits[33]["tokens"]
+        assert taken["prompt_tokens_received"] >= 33 * BLOCK_TOKENS
+        assert taken["prompt_tokens_vault"] == taken["vault_loaded_bytes"] == 0
+        assert taken["vault_stored_bytes"] == 0
+        prefill.ask("settle")
+        assert prefill.ask("books") == one.ask("books") == BALANCED
 
 
 def test_a_damaged_block_is_computed_again(
