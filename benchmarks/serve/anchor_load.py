@@ -8,12 +8,20 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.serve.load import undelayed  # noqa: E402
 
 # Ids that are ordinary text in SmolLM2's vocabulary of 49,152.
 IDS = range(1000, 40_000)
@@ -65,9 +73,12 @@ class Prompts:
         return [self._random.choice(IDS) for _ in range(tokens)]
 
 
-def client(concurrency: int) -> httpx.AsyncClient:
+@asynccontextmanager
+async def client(concurrency: int) -> AsyncIterator[httpx.AsyncClient]:
     limits = httpx.Limits(max_connections=max(64, 2 * concurrency))
-    return httpx.AsyncClient(timeout=CLIENT_TIMEOUT_S, limits=limits)
+    async with httpx.AsyncClient(timeout=CLIENT_TIMEOUT_S, limits=limits) as http:
+        with undelayed():
+            yield http
 
 
 async def ask(
