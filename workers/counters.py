@@ -41,7 +41,12 @@ METRICS_BY_TIER = {
 LOADED = ("vllm:kv_offload_load_bytes", "vllm:kv_offload_load_time")
 PROMOTED = ("vllm:kv_offload_tiering_read_bytes", "vllm:kv_offload_tiering_read_time")
 # The tiers behind the host tier by the end of their label, which is their class.
-_BY_LABEL = {"DiskTier": Tier.DISK, "PeerTier": Tier.PEER, "VaultTier": Tier.VAULT}
+_BY_LABEL = {
+    "DiskTier": Tier.DISK,
+    "FileSystemTierManager": Tier.DISK,  # vLLM's `fs`, which benchmarks put in its place
+    "PeerTier": Tier.PEER,
+    "VaultTier": Tier.VAULT,
+}
 
 
 def with_tiers(sources: Sources, loaded: Mapping[CacheHitSource, int] | None) -> Sources:
