@@ -7,7 +7,7 @@ from typing import Protocol
 
 from kv.plan import Plan
 from router.request import Request
-from workers.messages import Delta, Sources
+from workers.messages import Delta, Sources, Spent
 
 
 class Observer(Protocol):
@@ -48,6 +48,8 @@ class Record:
     generated_tokens: int = 0
     prefill_sources: Sources | None = None
     decode_sources: Sources | None = None
+    prefill_spent: Spent | None = None
+    decode_spent: Spent | None = None
     outcome: str = "aborted"
 
     @property

@@ -208,6 +208,16 @@ class Sources(msgspec.Struct, frozen=True):
         return {source: tokens for source, tokens in counted.items() if tokens}
 
 
+class Spent(msgspec.Struct, frozen=True):
+    """Seconds that one engine took for a prompt: until it was first scheduled, for loading blocks
+    or receiving a handoff, and in steps that computed some of it; and the bytes that it loaded."""
+
+    queued_s: float
+    loading_s: float
+    computing_s: float
+    loaded_bytes: int = 0
+
+
 class Delta(msgspec.Struct, frozen=True):
     """What one engine step adds to one request.
 
@@ -223,6 +233,7 @@ class Delta(msgspec.Struct, frozen=True):
     handoff: Handoff | None = None
     extras: list[bytes] | None = None
     error: str | None = None
+    spent: Spent | None = None
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
