@@ -7,6 +7,7 @@ from math import isfinite
 
 from kv.catalogue import Tier
 from kv.errors import PlanError
+from kv.parts import Part
 
 # Visible ASCII without the characters that separate the parts of a header.
 REPLICA_NAME = re.compile(r"[!-:<>-?A-~]+")
@@ -117,9 +118,10 @@ class Plan:
     """The chosen plan of one request: spans that tile its prompt, and the next best rivals.
 
     `cost_s` is the objective that plans are ranked by: predicted seconds, plus a price in seconds
-    for GPU time, bytes moved and cache displaced. `hints` are for the replica that computes. Raises
-    PlanError for no spans, for spans with a gap, an overlap or a start after token 0, and for a
-    prediction below 0 or not finite.
+    for GPU time, bytes moved and cache displaced. `hints` are for the replica that computes.
+    `parts` are what the predicted TTFT is made of: the last of them ends with it. A policy that
+    prices none gives none. Raises PlanError for no spans, for spans with a gap, an overlap or a
+    start after token 0, and for a prediction below 0 or not finite.
     """
 
     shape: Shape
@@ -131,6 +133,7 @@ class Plan:
     cost_s: float
     rivals: tuple[Rival, ...]
     hints: Hints = Hints()
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         if not (isfinite(self.predicted_ttft_s) and self.predicted_ttft_s >= 0.0):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kv.catalogue import Tier
+from kv.parts import Action, Part, in_turn
 from kv.plan import UNHINTED, Hints, Plan, Reason, Rival, Shape, Source, Span
 from router.columns import (
     BASE_S,
@@ -93,6 +94,21 @@ class _Prices(NamedTuple):
         shape = Shape.FETCH_REMOTE if fetches else Shape.REMOTE
         return shape, names[p], names[d], float(ttft_s)
 
+    def parts(self, plan: int) -> tuple[Part, ...]:
+        """What these seconds are made of."""
+        (d, p), (names, n_decode, loads, links, *_) = self.pair(plan), self.columns
+        at = self.computes(plan)
+        steps = [(Action.QUEUE, names[at], float(loads[QUEUE_S, at]))]
+        if self.taken is not None:
+            steps.append((Action.FETCH, names[at], float(self.taken.seconds[at])))
+        steps.append((Action.COMPUTE, names[at], float(self.compute_s[at])))
+        if p is not None:
+            link = d, p - n_decode
+            moved_s = links.latency_s[link] + links.per_byte_s[link] * self.lacked_bytes[d]
+            steps.append((Action.QUEUE, names[d], float(loads[WAITING_S, d])))
+            steps.append((Action.HANDOFF, names[d], float(moved_s)))
+        return in_turn(steps)
+
 
 def choose(question: Question) -> Plan:
     """The cheapest plan, or its session's. Raises `NoReplicaError` without a decode replica."""
@@ -115,6 +131,7 @@ def choose(question: Question) -> Plan:
         cost_s=float(prices.cost_s[best]),
         rivals=_rivals(prices, best),
         hints=_hints(question, prices, best, spans),
+        parts=prices.parts(best),
     )
 
 
