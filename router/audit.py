@@ -1,11 +1,13 @@
 """What was planned for each request, and what came of it. No text, no tokens."""
 
+import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from kv.plan import Plan
+from router.context import RequestContext
 from router.request import Request
 from workers.messages import Delta, Sources, Spent
 
@@ -31,9 +33,34 @@ class Shadowed:
     plan: Plan | None
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """A prompt in blocks: keys of those that may be reused (`kv.block`), tokens of each, and bytes
+    of KV that a token takes."""
+
+    keys: Sequence[bytes] = ()
+    block_tokens: int = 0
+    token_bytes: int = 0
+
+
+NO_FOOTPRINT = Footprint()
+_NO_CONTEXT = RequestContext("")
+
+
+class Log(Protocol):
+    """Where records go once they are closed; `router.audit_log` has the one that writes files."""
+
+    def add(self, record: "Record", footprint: Footprint) -> None:
+        """Take a record that nobody changes any more; never waits, and never raises."""
+        ...
+
+
 @dataclass(slots=True)
 class Record:
-    """One request, from its plan to its end; times are seconds of the ingress's clock."""
+    """One request, from its plan to its end; times are seconds of the ingress's clock.
+
+    What engines told of their time, and when P had its handoff ready, are of the last plan.
+    """
 
     request_id: str
     service_class: str
@@ -51,6 +78,22 @@ class Record:
     prefill_spent: Spent | None = None
     decode_spent: Spent | None = None
     outcome: str = "aborted"
+    context: RequestContext = _NO_CONTEXT
+    max_tokens: int | None = None
+    local_only: bool = False
+    # When each of `plans` was made.
+    planned_at: list[float] = field(default_factory=list)
+    handed_off_at: float | None = None
+    # Seconds that engines computed for plans that failed, as far as they told.
+    lost_engine_s: float = 0.0
+    max_gap_s: float | None = None
+    # Its keys are dropped at the end: a thousand long prompts' would take 10 MB.
+    footprint: Footprint = NO_FOOTPRINT
+    now: Callable[[], float] = field(default=time.monotonic, repr=False)
+
+    def handed_off(self) -> None:
+        """P has the prompt's KV ready for D."""
+        self.handed_off_at = self.now()
 
     @property
     def plan(self) -> Plan:
@@ -71,6 +114,17 @@ class Record:
         both = {"prefill": self.prefill_sources, "decode": self.decode_sources}
         return {role: sources.by_source() for role, sources in both.items() if sources is not None}
 
+    def computing_s(self) -> float | None:
+        """Seconds that the last plan's engines computed for the prompt; None if neither told."""
+        told = [each for each in (self.prefill_spent, self.decode_spent) if each is not None]
+        return sum(each.computing_s for each in told) if told else None
+
+    def mean_gap_s(self) -> float | None:
+        """Between two tokens of the answer, on average; None for fewer than two."""
+        if self.first_token_at is None or self.last_token_at is None or self.generated_tokens < 2:
+            return None
+        return (self.last_token_at - self.first_token_at) / (self.generated_tokens - 1)
+
     def cached_tokens(self) -> int:
         """Prompt tokens that were not computed anywhere for this request."""
         return max(0, self.prompt_tokens - self.computed_tokens())
@@ -79,17 +133,34 @@ class Record:
 class Audit:
     """Opens, follows and closes records; keeps the last ones for `/admin/decisions`."""
 
-    def __init__(self, now: Callable[[], float], observer: Observer, kept: int = 1000) -> None:
-        self._now, self._observer = now, observer
+    def __init__(
+        self,
+        now: Callable[[], float],
+        observer: Observer,
+        kept: int = 1000,
+        log: Log | None = None,
+    ) -> None:
+        self._now, self._observer, self._log = now, observer, log
         self.records: deque[Record] = deque(maxlen=kept)
 
-    def open(self, request: Request, plan: Plan, started_at: float) -> Record:
+    def open(
+        self,
+        request: Request,
+        plan: Plan,
+        started_at: float,
+        footprint: Footprint = NO_FOOTPRINT,
+    ) -> Record:
         """A record of a request that was just planned."""
         record = Record(
             request.context.request_id,
             request.context.service_class,
             request.prompt_tokens,
             started_at,
+            context=request.context,
+            max_tokens=request.max_tokens,
+            local_only=request.local_only,
+            footprint=footprint,
+            now=self._now,
         )
         self.records.append(record)
         self.plan(record, plan, self._now() - started_at)
@@ -101,7 +172,11 @@ class Audit:
 
     def plan(self, record: Record, plan: Plan, decision_s: float) -> None:
         """The first plan of a request, or the next one after a failure."""
+        if record.plans:
+            record.lost_engine_s += record.computing_s() or 0.0
+            record.handed_off_at = record.prefill_spent = record.decode_spent = None
         record.plans.append(plan)
+        record.planned_at.append(self._now())
         self._observer.planned(record, decision_s)
 
     def delta(self, record: Record, delta: Delta) -> None:
@@ -112,11 +187,17 @@ class Audit:
         if record.last_token_at is None:
             record.first_token_at = now
         else:
-            self._observer.token(record, now - record.last_token_at)
+            gap_s = now - record.last_token_at
+            record.max_gap_s = max(gap_s, record.max_gap_s or 0.0)
+            self._observer.token(record, gap_s)
         record.last_token_at = now
         record.generated_tokens += len(delta.token_ids)
 
     def close(self, record: Record) -> None:
         """The end; a record that nobody gave an outcome was aborted by its client."""
         record.ended_at = self._now()
+        footprint = record.footprint
+        record.footprint = replace(footprint, keys=())
         self._observer.finished(record)
+        if self._log is not None:
+            self._log.add(record, footprint)

@@ -214,6 +214,7 @@ def _request(request: EngineCoreRequest, salter: Salter) -> Request:
         notes=asked.notes,
         uncarried=_uncarried(request),
         keep=_keep(context, salter),
+        max_tokens=None if params is None else params.max_tokens,
     )
 
 

@@ -97,7 +97,7 @@ class Pipeline:
             self._audit.refuse(request, error)
             raise
         request.notes.plan = choice.plan.header()
-        record = self._audit.open(request, choice.plan, began)
+        record = self._audit.open(request, choice.plan, began, choice.footprint)
         self._shadow.follow(choice, record)
         return record
 

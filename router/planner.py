@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from kv.block import TOKEN_BYTES, chain, root_key
+from router.audit import Footprint
 from router.fleet import Fleet
 from router.orders import Order
 from router.policy.question import Question
@@ -38,7 +39,8 @@ class Planner:
 
         Raises `NoReplicaError`.
         """
-        keys = self.keys(request)
+        block_tokens = self._fleet.block_tokens()
+        keys = _keys(request, block_tokens)
         found = await self._fleet.look(keys)
         question = Question(
             prompt_tokens=request.prompt_tokens,
@@ -51,10 +53,16 @@ class Planner:
             ticket=next(self._tickets),
         )
         order = self._order()
-        return Choice(question, order, CHOOSE[order.policy](question))
+        plan = CHOOSE[order.policy](question)
+        footprint = Footprint(keys, block_tokens, question.snapshot.kv_bytes_per_token)
+        return Choice(question, order, plan, footprint)
 
     def keys(self, request: Request) -> list[bytes]:
         """Names of the blocks that may be reused: without the last token, which engines always
         compute, and with it all of its block."""
-        reusable = request.known[:-TOKEN_BYTES]
-        return chain(root_key(request.salt), reusable, self._fleet.block_tokens())
+        return _keys(request, self._fleet.block_tokens())
+
+
+def _keys(request: Request, block_tokens: int) -> list[bytes]:
+    reusable = request.known[:-TOKEN_BYTES]
+    return chain(root_key(request.salt), reusable, block_tokens)

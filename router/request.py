@@ -15,7 +15,7 @@ class Request:
     `workers.messages.Submit`). `local_only`: every position must be computed where the answer
     is made, because the prompt's own logprobs were asked for. `answered` are tokens of the
     answer that were streamed before a replica was lost; `uncarried` names what could not go on
-    elsewhere behind them. `keep` is how its blocks may be stored.
+    elsewhere behind them. `keep` is how its blocks may be stored. `max_tokens` bounds its answer.
     """
 
     request_id: str
@@ -28,6 +28,7 @@ class Request:
     answered: bytes = b""
     uncarried: str | None = None
     keep: Keep | None = None
+    max_tokens: int | None = None
 
     @property
     def prompt_tokens(self) -> int:

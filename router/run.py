@@ -90,6 +90,7 @@ async def _handoff(fleet: Fleet, attempt: Attempt, record: Record) -> Handoff | 
     attempt.in_prefill = True
     handoff = await _prefill(fleet, attempt, attempt.plan.prefill, record)
     attempt.in_prefill = False
+    record.handed_off()
     return handoff
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kv.plan import Plan
-from router.audit import Record, Shadowed
+from router.audit import NO_FOOTPRINT, Footprint, Record, Shadowed
 from router.orders import Order
 from router.policy import Policy
 from router.policy.question import Question
@@ -32,11 +32,13 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was asked, under which order, and the plan of the policy in force."""
+    """What was asked, under which order, and the plan of the policy in force; and the prompt in
+    blocks, as it was looked up."""
 
     question: Question
     order: Order
     plan: Plan
+    footprint: Footprint = NO_FOOTPRINT
 
 
 @dataclass(slots=True)

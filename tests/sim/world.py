@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kv.block import pack_tokens, split_keys
 from router.admission import Admission
-from router.audit import Audit, Record
+from router.audit import Audit, Log, Record
 from router.catalogue.node import CatalogueNode
 from router.catalogue.wire import Beat, Expect, Found, Taken
 from router.context import RequestContext
@@ -210,6 +210,7 @@ async def world(
     kv_blocks: int = 4096,
     order: Order = BY_DEFAULT,
     shadows: Mapping[Policy, Choose] = CHOOSE,
+    log: Log | None = None,
 ) -> AsyncIterator[World]:
     """A warmed world; when the block ends, no task that it started is left."""
     before = asyncio.all_tasks()
@@ -222,7 +223,7 @@ async def world(
 
         node = CatalogueNode(directory, follow, now)
         over = (cluster, directory, node)
-        made = _world(*over, "ingress", prefill > 0, limit, costs, order, shadows)
+        made = _world(*over, "ingress", prefill > 0, limit, costs, order, shadows, log)
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
             for index in range(count):
                 made.start(f"{role}-{index}", role, kv_blocks=kv_blocks)
@@ -246,6 +247,7 @@ def _world(
     costs: SimCosts,
     order: Order,
     shadows: Mapping[Policy, Choose],
+    log: Log | None = None,
 ) -> World:
     now = asyncio.get_running_loop().time
 
@@ -255,7 +257,8 @@ def _world(
     line = SimLine(node, name)
     rng = random.Random(name)
     fleet = Fleet(directory, connect, line, sim_body(1), now, rng, expects_prefill)
-    admission, audit = Admission(limit), Audit(now, SilentObserver(), kept=100_000)
+    audit = Audit(now, SilentObserver(), kept=100_000, log=log)
+    admission = Admission(limit)
     shadow = Shadow(shadows)
     planner = Planner(fleet, Prices(), lambda: made.order)
     pipeline = Pipeline(fleet, planner, shadow, admission, audit, now)
