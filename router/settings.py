@@ -6,6 +6,14 @@ from kv.codecs.codec import CodecName
 from router.policy import Policy
 
 
+class AuditPlace(msgspec.Struct, frozen=True):
+    """Where an ingress writes its audit: at most `files` files of `file_bytes` in `folder`."""
+
+    folder: str
+    file_bytes: int
+    files: int
+
+
 class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     """All that an ingress is told; made by cluster/, plain data so that it can be pickled."""
 
@@ -31,6 +39,8 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     gates: dict[CodecName, str] = {}
     tls_cert_file: str | None = None
     tls_key_file: str | None = None
+    # None writes no audit.
+    audit: AuditPlace | None = None
 
     def __repr__(self) -> str:
         # The secret stays out of logs and tracebacks.
