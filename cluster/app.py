@@ -9,8 +9,8 @@ from ray import serve
 from ray.serve import Application
 
 from cluster import verdicts
-from cluster.config import APP, Config, Pool
-from router.settings import IngressSettings
+from cluster.config import APP, Config, Pool, audit_dir
+from router.settings import AuditPlace, IngressSettings
 from workers.curve import server_keys
 from workers.messages import Role
 from workers.peer.keys import peer_keys
@@ -145,6 +145,7 @@ def _ingress(
         gates=verdicts.gates(config, model),
         tls_cert_file=_resolved(section.tls_cert_file),
         tls_key_file=_resolved(section.tls_key_file),
+        audit=_audit(config),
     )
     deployment = serve.deployment(
         IngressReplica,
@@ -161,6 +162,13 @@ def _ingress(
         max_constructor_retry_count=_START_TRIES,
     )
     return _versioned(deployment, 0).bind(APP, settings, *others)
+
+
+def _audit(config: Config) -> AuditPlace | None:
+    section = config.audit
+    if section.files == 0:
+        return None
+    return AuditPlace(str(audit_dir(section.path)), section.file_bytes, section.files)
 
 
 def _catalogue(config: Config, secret: bytes) -> Application:

@@ -92,6 +92,14 @@ class RouterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     probe_s: Seconds = 4.0
 
 
+class AuditSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is written down of each request."""
+
+    files: Annotated[int, Meta(ge=0, le=1000)] = 4
+    file_bytes: Annotated[int, Meta(ge=65_536)] = 16_777_216
+    path: str | None = None
+
+
 class RaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The Ray cluster: one of our own on this machine, or one that runs."""
 
@@ -116,6 +124,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     kv: KvSection = KvSection()
     tiers: Tiers = Tiers()
     router: RouterSection = RouterSection()
+    audit: AuditSection = AuditSection()
     ray: RaySection = RaySection()
 
     def tensor_parallel(self, pool: Pool) -> int:
@@ -150,6 +159,12 @@ def admin_key() -> str | None:
 def cache_dir() -> Path:
     """Where models and the state of running clusters are kept."""
     return Path(os.environ.get("BREAKEVEN_CACHE") or default_cache()).resolve()
+
+
+def audit_dir(path: str | None = None) -> Path:
+    """Where ingresses write their audit: `audit.path`, or a folder of the cache where that is not
+    set."""
+    return cache_dir() / "audit" if path is None else Path(path).expanduser().absolute()
 
 
 def _check(config: Config, source: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import local_ray, state, tls, verdicts
-from cluster.config import APP, LOOPBACK, Config, cache_dir
+from cluster.config import APP, LOOPBACK, Config, audit_dir, cache_dir
 from cluster.errors import ConfigError, StartError
 from cluster.model import ensure_default_model
 from cluster.restart import take_order
@@ -38,7 +38,7 @@ def serve(config: Config) -> int:
     verdicts.gates(config, model)
     stop = _Signals()
     run_dir = local_ray.prepare(config)
-    state.write(run_dir, url, certificate)
+    state.write(run_dir, url, certificate, str(audit_dir(config.audit.path)))
     failed = True
     try:
         deploy = _start(config, model, run_dir, tls.trust(certificate), stop)

@@ -20,6 +20,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float
     # In PEM, where the cluster serves HTTPS: the one that its answers must come with.
     certificate: str | None = None
+    # Where its ingresses on this machine write their audit.
+    audit: str | None = None
 
     def supervisor(self) -> psutil.Process | None:
         """The process that started the cluster, while it lives (pids are used again)."""
@@ -43,7 +45,9 @@ def read() -> State | None:
         return None
 
 
-def write(run_dir: Path, url: str, certificate: str | None = None) -> State:
+def write(
+    run_dir: Path, url: str, certificate: str | None = None, audit: str | None = None
+) -> State:
     """Record the cluster of this process."""
     me = psutil.Process()
     state = State(
@@ -53,6 +57,7 @@ def write(run_dir: Path, url: str, certificate: str | None = None) -> State:
         url=url,
         started_at=time.time(),
         certificate=certificate,
+        audit=audit,
     )
     state_file().parent.mkdir(parents=True, exist_ok=True)
     draft = state_file().with_suffix(".tmp")

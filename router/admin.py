@@ -12,15 +12,15 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from router.access import KeyRing
-from router.audit import Audit
 from router.changes import changing
+from router.decisions import Decisions
 from router.errors import AccessError
 from router.fleet import Fleet
 from router.forget import forget
 from router.guard import bearer
 from router.orders import Change
 from router.policy_admin import EXAMPLE, PolicyAdmin
-from router.report import catalogue_row, curves_of, decision_row, forgotten_report, replica_row
+from router.report import catalogue_row, curves_of, forgotten_report, replica_row
 from router.salt import Salter
 from router.vault import VaultView
 
@@ -37,7 +37,7 @@ class ForgetOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def admin_app(
     fleet: Fleet,
-    audit: Audit,
+    decisions: Decisions,
     registry: CollectorRegistry,
     keys: KeyRing | None,
     policies: PolicyAdmin,
@@ -61,9 +61,6 @@ def admin_app(
         catalogue = catalogue_row(fleet.line)
         return JSONResponse({"replicas": rows, "catalogue": catalogue, "vault": vault.rows()})
 
-    async def decisions(_: Request) -> Response:
-        return JSONResponse({"decisions": [decision_row(record) for record in audit.records]})
-
     async def curves(_: Request) -> Response:
         return JSONResponse(curves_of(fleet))
 
@@ -76,7 +73,7 @@ def admin_app(
         "/readyz": readyz,
         "/metrics": metrics,
         "/admin/replicas": replicas,
-        "/admin/decisions": decisions,
+        "/admin/decisions": decisions.answer,
         "/admin/curves": curves,
         "/admin/policy": policies.policy,
         "/admin/shadow": policies.shadow,

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 import socket
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,12 @@ from router.admin import PATHS, admin_app
 from router.admission import Admission
 from router.asgi import App, Receive, Scope, Send
 from router.audit import Audit
+from router.audit_log import AuditLog
 from router.catalogue.client import CatalogueLine
 from router.catalogue.ledger import SharedLedger
 from router.client import ClusterClient, warm_body
+from router.decisions import Decisions
+from router.entry import Scribe
 from router.fleet import Fleet
 from router.guard import Guard
 from router.member import Member
@@ -32,6 +36,7 @@ from router.pauses import freeze_start
 from router.pipeline import Pipeline
 from router.planner import Planner, Prices
 from router.policy_admin import PolicyAdmin
+from router.pseudonyms import Pseudonyms
 from router.roster import Directory
 from router.salt import Salter
 from router.settings import IngressSettings
@@ -43,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 # An ingress that knows nobody yet listens after this all the same, to say so.
 _LISTENS_WITHIN_S = 5.0
+# The audit's last records are on disk by then, or are lost.
+_LOG_ENDS_S = 2.0
 
 # (address of a replica, name of this ingress, where its replies go) to a link.
 Connect = Callable[[str, str, Inbox], Link]
@@ -81,7 +88,11 @@ class Ingress:
         registry.register(vault)
         self._in_force, shadow = InForce(Order(settings.policy, settings.shadow), orders), Shadow()
         registry.register(PolicyMetrics(self._in_force.order, shadow))
-        audit = Audit(now, RequestMetrics(registry))
+        scribe = Scribe(Pseudonyms(settings.secret), settings.served_names[0], now, time.time)
+        self._log = AuditLog(settings.audit, name, scribe, now) if settings.audit else None
+        if self._log is not None:
+            registry.register(self._log)
+        audit = Audit(now, RequestMetrics(registry), log=self._log)
         self._admission = Admission(settings.max_requests)
         prices = Prices(settings.assumed_streams, settings.compute_price, settings.session_slack)
         planner = Planner(self.fleet, prices, self._in_force.order)
@@ -89,7 +100,9 @@ class Ingress:
         salter = Salter(settings.secret, self._keys is not None, settings.gates)
         self._client = ClusterClient(config, pipeline, salter)
         policies = PolicyAdmin(self._in_force, shadow)
-        self._admin = admin_app(self.fleet, audit, registry, self._keys, policies, salter, vault)
+        decisions = Decisions(audit.records, scribe)
+        over = (self.fleet, decisions, registry)
+        self._admin = admin_app(*over, self._keys, policies, salter, vault)
 
     async def check_health(self) -> None:
         """Raise once requests would no longer be answered."""
@@ -112,6 +125,8 @@ class Ingress:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             self.fleet.close()
+            if self._log is not None:
+                await asyncio.to_thread(self._log.close, _LOG_ENDS_S)
 
     async def _listen(self, app: App, background: Sequence[asyncio.Task[None]]) -> None:
         """Until cancelled, or a task ends on which all depends."""

@@ -53,7 +53,7 @@ _STEERING = (
 )
 # vLLM looks into these before it has checked that they are objects.
 _OBJECTS = ("structured_outputs",)
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ _STEERING_H = (
 
 def request_id_of(scope: Scope) -> str:
     given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-    return given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+    return given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
 
 
 def timeout_of(scope: Scope, most_s: float | None) -> float | None:

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
-from cluster.app import _placed, engine_options
+from cluster.app import _audit, _placed, engine_options
 from cluster.cli import _change, _overrides, _parser
 from cluster.config import DEFAULT, Config, load
 from cluster.errors import ConfigError
 from cluster.home import ROOT
 from cluster.status import describe, is_configured
+from router.settings import AuditPlace
 from workers.tiers import DiskTier, HostTier, PeerTier, Tiers
 
 
@@ -155,3 +156,23 @@ def test_status_names_the_configured_policy_where_another_is_in_force() -> None:
     ordered = {"policy": "least_loaded", "shadow": None, "configured": configured}
     assert "(configured: breakeven, shadow: none)" in describe(ordered)
     assert not is_configured({**configured, "shadow": "round_robin", "configured": configured})
+
+
+def test_an_audit_is_written_to_the_cache_unless_it_is_told_where(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By absolute paths: replicas run elsewhere. No files, no audit."""
+    monkeypatch.setenv("BREAKEVEN_CACHE", str(tmp_path))
+    place = _audit(load(None, {}))
+    assert place == AuditPlace(str(tmp_path / "audit"), 16_777_216, 4)
+    there = _audit(load(None, {"audit": {"path": "~/audit", "files": 1}}))
+    assert there is not None
+    assert Path(there.folder) == Path.home() / "audit"
+    assert _audit(load(None, {"audit": {"files": 0}})) is None
+
+
+@pytest.mark.parametrize("audit", [{"files": -1}, {"files": 1001}, {"file_bytes": 100}, {"on": 1}])
+def test_an_audit_without_bounds_is_refused(audit: dict[str, int]) -> None:
+    """Too many files, too small ones, unknown keys."""
+    with pytest.raises(ConfigError, match="audit"):
+        load(None, {"audit": audit})

@@ -13,8 +13,9 @@ from starlette.routing import Route
 
 from router.access import KeyRing, digest
 from router.admin import admin_app
-from router.audit import Audit
 from router.changes import changing
+from router.decisions import Decisions
+from router.entry import Scribe
 from router.errors import OrderError
 from router.fleet import Fleet
 from router.metrics import PolicyMetrics
@@ -218,8 +219,9 @@ async def test_with_keys_only_the_admin_key_orders(store: Store, tmp_path: Path)
     admin = PolicyAdmin(InForce(CONFIGURED, store), Shadow())
     ring = KeyRing(path, asyncio.get_running_loop().time)
     # The replicas and decisions of an ingress are not asked for here.
-    fleet, audit, vault = cast(Fleet, None), cast(Audit, None), cast(VaultView, None)
-    app = admin_app(fleet, audit, CollectorRegistry(), ring, admin, Salter(b"s", True), vault)
+    fleet, vault = cast(Fleet, None), cast(VaultView, None)
+    decisions = Decisions((), cast(Scribe, None))
+    app = admin_app(fleet, decisions, CollectorRegistry(), ring, admin, Salter(b"s", True), vault)
     base = "https://cluster.example.com"
     order = {"policy": "least_loaded"}
     transport = httpx.ASGITransport(app)
