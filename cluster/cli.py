@@ -14,6 +14,7 @@ from cluster.config import load
 from cluster.errors import ClusterError, ConfigError
 from kv.codecs.codec import CodecName
 from router.access import digest
+from router.intake import REQUEST_ID
 from router.policy import Policy
 
 
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "doctor", _doctor, "what is wrong with this machine or cluster, and the remedy")
     _add_restart(commands)
     _add_policy(commands)
+    _add_explain(commands)
     _add_key(commands)
     _add_forget(commands)
     _add_kv_size(commands)
@@ -85,6 +87,22 @@ def _add_policy(commands: Any) -> None:
     policy.set_defaults(run=_policy)
 
 
+def _add_explain(commands: Any) -> None:
+    about = "what was planned for one request, why, and what came of it"
+    explain = commands.add_parser("explain", help=about)
+    explain.add_argument(
+        "request_id",
+        type=_request_id,
+        metavar="REQUEST_ID",
+        help="as in the response header x-request-id",
+    )
+    explain.add_argument(
+        "--file", type=Path, help="an audit's file or folder, instead of this cluster's"
+    )
+    explain.add_argument("--json", action="store_true", help="for programs")
+    explain.set_defaults(run=_explain)
+
+
 def _add_key(commands: Any) -> None:
     key = commands.add_parser("key", help="make an API key, and its line for the key file")
     key.add_argument("tenant", nargs="?", help="whose key; without it an admin key")
@@ -126,6 +144,13 @@ def _add_calibrate(commands: Any) -> None:
     calibrate.add_argument("--model", help="a model folder or hub name")
     calibrate.add_argument("--json", action="store_true", help="for programs")
     calibrate.set_defaults(run=_calibrate)
+
+
+def _request_id(text: str) -> str:
+    """As requests may have it."""
+    if not REQUEST_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is none: 1 to 128 visible characters")
+    return text
 
 
 def _count(text: str) -> int:
@@ -197,6 +222,12 @@ def _change(arguments: argparse.Namespace) -> dict[str, str | None]:
     if arguments.shadow is not None:
         change["shadow"] = None if arguments.shadow == "none" else arguments.shadow
     return change
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from cluster.explain import explain
+
+    return explain(arguments.request_id, arguments.file, arguments.json)
 
 
 def _forget(arguments: argparse.Namespace) -> int:

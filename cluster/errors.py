@@ -9,6 +9,8 @@ ClusterError
 ├── AdminKeyError       a cluster with keys was asked without the admin key
 ├── RestartError        replicas were not replaced in time
 ├── CodecRefusedError   a codec that this model may not use
+├── AuditFileError      an audit that cannot be read
+├── UnknownRequestError a request that no audit has
 ├── RefusedError        the cluster did not take an order
 └── NotRunningError     a command needs a running cluster and found none
 
@@ -97,6 +99,31 @@ class CodecRefusedError(ClusterError):
 
     def __str__(self) -> str:
         return f"codec {self.codec}: {self.complaint}; `{self.command}` measures it"
+
+
+class AuditFileError(ClusterError):
+    """A file or folder of the audit that cannot be read."""
+
+    def __init__(self, path: str, complaint: str) -> None:
+        super().__init__(path, complaint)
+        self.path, self.complaint = path, complaint
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.complaint}; `audit.path` is where the cluster writes its audit"
+
+
+class UnknownRequestError(ClusterError):
+    """No audit has a request of this id."""
+
+    def __init__(self, request_id: str, searched: str) -> None:
+        super().__init__(request_id, searched)
+        self.request_id, self.searched = request_id, searched
+
+    def __str__(self) -> str:
+        return (
+            f"no request {self.request_id!r} is known: {self.searched}; ids are in the response "
+            "header x-request-id, and --file reads other audits"
+        )
 
 
 class RefusedError(ClusterError):
