@@ -49,6 +49,7 @@ class RequestMetrics:
         self._ratio = Histogram(
             "breakeven_plan_error_ratio",
             "Actual over predicted TTFT",
+            ["plan"],
             buckets=_RATIO,
             registry=registry,
         )
@@ -83,7 +84,8 @@ class RequestMetrics:
             return
         self._ttft.labels(record.service_class, record.plan.shape).observe(ttft_s)
         if len(record.plans) == 1 and record.plan.predicted_ttft_s > 0:
-            self._ratio.observe(ttft_s / record.plan.predicted_ttft_s)
+            ratio = ttft_s / record.plan.predicted_ttft_s
+            self._ratio.labels(record.plan.shape).observe(ratio)
 
 
 def _fields(record: Record) -> dict[str, Any]:
