@@ -67,6 +67,7 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
                     expected.close()  # it has begun: the replica's reports tell
                     unread = None
                     record.decode_sources = delta.sources or record.decode_sources
+                    record.decode_spent = delta.spent or record.decode_spent
                     yield _outward(attempt, delta, record)
         except ReplicaLostError as error:
             if error.replica == attempt.plan.prefill:
@@ -103,6 +104,7 @@ async def _prefill(fleet: Fleet, attempt: Attempt, name: str, record: Record) ->
         async with prefill.run(submit, unread) as deltas:
             async for delta in deltas:
                 record.prefill_sources = delta.sources or record.prefill_sources
+                record.prefill_spent = delta.spent or record.prefill_spent
                 if delta.handoff is not None:
                     return delta.handoff
     raise ReplicaLostError(name, f"{attempt.engine_id} ended without a handoff")
@@ -142,4 +144,5 @@ def _outward(attempt: Attempt, delta: Delta, record: Record) -> Delta:
         computed = min(record.computed_tokens(), sources.prompt_tokens)
         sources = msgspec.structs.replace(sources, computed_tokens=computed)
     name = attempt.request.request_id
-    return msgspec.structs.replace(delta, request_id=name, handoff=None, sources=sources)
+    changed = {"request_id": name, "handoff": None, "sources": sources, "spent": None}
+    return msgspec.structs.replace(delta, **changed)

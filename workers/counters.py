@@ -10,7 +10,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
 from kv.fetch import GUESSES, FetchCost
-from workers.messages import Delta, Sources, Totals
+from workers.messages import Delta, Sources, Spent, Totals
 from workers.tiers import TIERED_CONNECTOR, VAULT_STORED_BYTES
 
 # vLLM's words for where KV came from and what was moved, and ours.
@@ -67,7 +67,7 @@ class Counters:
     def __init__(self, tiers: tuple[Tier, ...], now: Callable[[], float]) -> None:
         self._counts: dict[str, float] = {}
         self._now = now
-        self._costs = {tier: FetchCost(GUESSES[tier], now()) for tier in tiers}
+        self._costs = {tier: FetchCost(GUESSES[tier]) for tier in tiers}
 
     def _add(self, name: str, amount: float) -> None:
         self._counts[name] = self._counts.get(name, 0) + amount
@@ -79,6 +79,20 @@ class Counters:
             if delta.sources is not None:
                 for source, tokens in delta.sources.by_source().items():
                     self._add(f"prompt_tokens_{source}", tokens)
+
+    def fetched(self, sources: Sources, spent: Spent) -> None:
+        """What a request waited for a tier, if one alone brought what it lacked."""
+        told = (sources.host_tokens, sources.disk_tokens, sources.vault_tokens)
+        by_tier = dict(zip((Tier.HOST, Tier.DISK, Tier.VAULT), told, strict=True))
+        gave = [tier for tier, tokens in by_tier.items() if tokens]
+        others = sources.received_tokens + sources.peer_tokens
+        if len(gave) != 1 or others or gave[0] not in self._costs:
+            return
+        (tier,), now_s, seconds = gave, self._now(), spent.loading_s
+        if tier is not Tier.HOST:  # they went through host memory
+            seconds -= self._costs[Tier.HOST].curve(now_s).per_byte_s * spent.loaded_bytes
+        saw = self._costs[tier].saw_at_most if spent.others_tokens else self._costs[tier].saw
+        saw(spent.loaded_bytes, seconds, now_s)
 
     def observe(self, stats: SchedulerStats | None) -> None:
         """What the connectors did in this step."""
@@ -103,12 +117,16 @@ class Counters:
             return own
         return LinkCurve(own.latency_s, own.per_byte_s + host.per_byte_s)
 
+    def fetches(self, tier: Tier) -> int:
+        """How many fetches from a tier its curve is made from."""
+        return self._costs[tier].samples
+
     def _observe_tiers(self, seen: dict[str, dict[tuple[str, ...], float]]) -> None:
         """vLLM's offloading metrics of this step, by name and labels."""
         for name, total in TIER_METRICS.items():
             self._add(total, sum(seen.get(name, {}).values()))
         loaded_bytes, loaded_s = (sum(seen.get(name, {}).values()) for name in LOADED)
-        self._costs[Tier.HOST].saw(int(loaded_bytes), loaded_s, self._now())
+        self._costs[Tier.HOST].saw_at_least(int(loaded_bytes), loaded_s, self._now())
         for name, totals in METRICS_BY_TIER.items():
             for label, amount in seen.get(name, {}).items():
                 if (tier := _tier(label)) in totals:
@@ -116,7 +134,8 @@ class Counters:
         promoted_bytes, promoted_s = (seen.get(name, {}) for name in PROMOTED)
         for label, n_bytes in promoted_bytes.items():
             if (tier := _tier(label)) in self._costs:
-                self._costs[tier].saw(int(n_bytes), promoted_s.get(label, 0.0), self._now())
+                seconds = promoted_s.get(label, 0.0)
+                self._costs[tier].saw_at_least(int(n_bytes), seconds, self._now())
 
     def _observe_handoffs(self, seen: dict[str, Any]) -> None:
         """NIXL's telemetry (lists, one entry a transfer)."""

@@ -40,6 +40,7 @@ from workers.messages import Delta, Keep, Load, TierLoad
 from workers.mirror import Change
 from workers.peer.keys import PeerKeys
 from workers.peer.tier import PeerTier
+from workers.stopwatch import Stopwatch
 from workers.tiers import with_hints
 from workers.vault.tier import VaultTier
 
@@ -81,6 +82,7 @@ class Engine:
             self._tiers,
         )
         self._backlog = Backlog(self._scheduler)
+        self._watch = Stopwatch(self._scheduler, self.kv_bytes_per_token(), time.monotonic)
         self._events = MirrorEvents(self._erasure)
         self._mirror = self._events.mirror
         if self._tiers is not None:
@@ -136,11 +138,12 @@ class Engine:
         behind them. `hints` say what it may take from tiers; without any it takes what they have.
         `keep` says how they may store its blocks.
         """
+        arrived_s = time.monotonic()
         prepared, _ = self._core.preprocess_add_request(request)
         if self._tiers is not None:
             tag, params = tag_of(prepared.cache_salt), prepared.kv_transfer_params
             prepared.kv_transfer_params = with_hints(params, tag, hints, keep)
-        self._orders.put(lambda: self._admit(prepared, answered))
+        self._orders.put(lambda: self._admit(prepared, answered, arrived_s))
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop requests and free their blocks; unknown ids are ignored.
@@ -229,12 +232,13 @@ class Engine:
         refusals = [Delta(name, [], finish_reason="error", error=stale) for name in doubtful]
         self._listener(StepReport(refusals, (), self._load()))
 
-    def _admit(self, request: Request, answered: Sequence[int]) -> None:
+    def _admit(self, request: Request, answered: Sequence[int], arrived_s: float) -> None:
         try:
             if answered and not _advance_grammar(request, answered):
                 time.sleep(_WAITING_PAUSE_S)  # it compiles on a thread of vLLM's
-                self._orders.put(lambda: self._admit(request, answered))
+                self._orders.put(lambda: self._admit(request, answered, arrived_s))
                 return
+            self._watch.arrived(request.request_id, arrived_s)
             self._erasure.admit(request)
             self._core.add_request(request)
             self._backlog.admit(request)
@@ -310,10 +314,15 @@ class Engine:
 
     def _delta(self, output: EngineCoreOutput) -> Delta:
         delta = work.delta(output)
-        if self._tiered is None or delta.sources is None:
+        if delta.sources is None:
             return delta
-        loaded = self._tiered.loaded.pop(delta.request_id, None)
-        return msgspec.structs.replace(delta, sources=with_tiers(delta.sources, loaded))
+        by_tier = None if self._tiered is None else self._tiered.loaded
+        loaded = None if by_tier is None else by_tier.pop(delta.request_id, None)
+        sources = with_tiers(delta.sources, loaded)
+        spent = self._watch.spent(delta.request_id, sources)
+        if spent is not None:
+            self._totals.fetched(sources, spent)
+        return msgspec.structs.replace(delta, sources=sources, spent=spent)
 
     def _load(self) -> Load:
         scheduler = self._scheduler
@@ -335,7 +344,8 @@ class Engine:
         blocks, unnamed = mirror.blocks(tier), mirror.unnamed(tier)
         if tier is Tier.VAULT:  # others store and find there too: nobody here knows what it has
             unnamed = 1
-        return TierLoad(blocks, unnamed, curve.latency_s, curve.per_byte_s)
+        fetches = self._totals.fetches(tier)
+        return TierLoad(blocks, unnamed, curve.latency_s, curve.per_byte_s, fetches)
 
 
 def _tiered(scheduler: Any) -> Any:

@@ -16,7 +16,7 @@ from kv.plan import Hints
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a replica of another version is not routable.
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 
 
 # vLLM's kv_transfer_params: where a finished prefill's blocks lie. Opaque to the router.
@@ -209,20 +209,27 @@ class Sources(msgspec.Struct, frozen=True):
 
 
 class Spent(msgspec.Struct, frozen=True):
-    """Seconds that one engine took for a prompt: until it was first scheduled, for loading blocks
-    or receiving a handoff, and in steps that computed some of it; and the bytes that it loaded."""
+    """Seconds of one request on one engine, up to its first token or its handoff.
+
+    `queued_s` from its arrival at the replica until the engine first took it up; `loading_s` from
+    there until what it fetched from tiers, or was handed off, was in: `loaded_bytes` of paged KV;
+    `computing_s` from there until its first token, or its handoff, left the engine. While it loaded
+    and computed, the engine computed `others_tokens` of other prompts too.
+    """
 
     queued_s: float
     loading_s: float
     computing_s: float
     loaded_bytes: int = 0
+    others_tokens: int = 0
 
 
 class Delta(msgspec.Struct, frozen=True):
     """What one engine step adds to one request.
 
     `finish_reason` is vLLM's word (stop, length, abort, error, repetition) or None while the
-    request goes on. `extras` is vLLM's EngineCoreOutput when it says more than tokens do.
+    request goes on. `extras` is vLLM's EngineCoreOutput when it says more than tokens do. The first
+    delta has `sources` and `spent`.
     """
 
     request_id: str
@@ -280,13 +287,14 @@ class TierLoad(msgspec.Struct, frozen=True):
 
     It holds `blocks`; `unnamed` ones among them are in no `Blocks` message, since the replica does
     not know yet what prompts they belong to. Fetching n bytes into the paged KV takes
-    `latency_s + n * per_byte_s`.
+    `latency_s + n * per_byte_s`, by `samples` fetches; a guess without any.
     """
 
     blocks: int
     unnamed: int
     latency_s: float
     per_byte_s: float
+    samples: int = 0
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):

@@ -161,6 +161,10 @@ class SimEngine:
         for link, request in mail:
             self._hear(link, request)
 
+    def become(self, costs: SimCosts) -> None:
+        """Take as long as these costs tell from now on."""
+        self._costs = costs
+
     def refuse_next(self, n: int) -> None:
         """Answer the next `n` requests with an error."""
         self._refusals = n
@@ -271,10 +275,12 @@ class SimEngine:
             self._report(self._steps.finish(computes, self._loop.time()))
 
     def _begin_step(self) -> Run | None:
-        arrived, self._arrived = self._arrived, []
+        (arrived, self._arrived), now_s = (self._arrived, []), self._loop.time()
         for run in arrived:
-            self._steps.loaded(run)
-        computes, loading = self._steps.admit()
+            self._steps.loaded(run, now_s)
+        computes, loading = self._steps.admit(now_s)
+        if computes is not None:
+            computes.loading_s += self._host_s(computes)
         for run in loading:
             moved_bytes = (run.prompt_tokens - run.hit_tokens) * self.replica.kv_bytes_per_token
             self._loop.call_later(self._costs.link.seconds(moved_bytes), self._arrive, run)
@@ -285,10 +291,12 @@ class SimEngine:
             return self._costs.step_s
         held_tokens = computes.hit_tokens + computes.host_tokens
         compute_s = self._costs.prefill.seconds(computes.pending_tokens, held_tokens)
-        if not computes.host_tokens:
-            return compute_s
-        n_bytes = computes.host_tokens * self.replica.kv_bytes_per_token
-        return compute_s + self._costs.host.seconds(n_bytes)
+        return self._host_s(computes) + compute_s
+
+    def _host_s(self, run: Run) -> float:
+        """What it takes from the host tier takes so long."""
+        n_bytes = run.host_tokens * self.replica.kv_bytes_per_token
+        return self._costs.host.seconds(n_bytes) if n_bytes else 0.0
 
     def _arrive(self, run: Run) -> None:
         source = self._cluster.engines.get((run.handoff or {}).get("remote_engine_id", ""))

@@ -20,6 +20,7 @@ from workers.messages import (
     Replica,
     Role,
     Sources,
+    Spent,
     Submit,
     Totals,
 )
@@ -30,7 +31,8 @@ from workers.sim_pages import Grant, Pages
 @dataclass(slots=True, eq=False)
 class Run:
     """One request on one engine. `digest` is of the prompt whose KV it uses; a `concealed` one
-    runs on KV from before its tenant was forgotten, and names no blocks."""
+    runs on KV from before its tenant was forgotten, and names no blocks. The engine had computed
+    `before_tokens` of all prompts when it took this one up."""
 
     submit: Submit
     max_tokens: int
@@ -38,6 +40,10 @@ class Run:
     digest: int
     handoff: Handoff | None
     tag: str
+    arrived_s: float
+    begun_s: float | None = None
+    loading_s: float = 0.0
+    before_tokens: int = 0
     grant: Grant = field(default_factory=Grant)
     hit_tokens: int = 0
     received_tokens: int = 0
@@ -89,6 +95,7 @@ class Steps:
         self.leases: dict[str, _Lease] = {}
         self._waiting: deque[Run] = deque()
         self._totals: Counter[str] = Counter()
+        self._prompt_tokens = 0
         self._forgotten: dict[str, float] = {}
 
     def add(self, submit: Submit, now_s: float) -> bool:
@@ -99,7 +106,7 @@ class Steps:
         left = int(asked) - len(submit.answered) // TOKEN_BYTES
         max_tokens = 1 if submit.role is Role.PREFILL else left
         digest = xxh3_64_intdigest(submit.tokens)
-        run = Run(submit, max_tokens, keys, digest, submit.handoff, tag_of(salt))
+        run = Run(submit, max_tokens, keys, digest, submit.handoff, tag_of(salt), now_s)
         if submit.handoff is not None:
             recent = now_s < self._forgotten.get(run.tag, 0.0)
             run.concealed = FORGOTTEN in submit.handoff or recent
@@ -132,7 +139,7 @@ class Steps:
         self.host.erase(tags)
         return self.pages.erase(tags, self._grants())
 
-    def admit(self) -> tuple[Run | None, list[Run]]:
+    def admit(self, now_s: float) -> tuple[Run | None, list[Run]]:
         """Give pages in order of arrival, until one is to compute: that one, and who loads."""
         loading: list[Run] = []
         while self._waiting and len(self.streams) < self._replica.max_num_seqs:
@@ -140,14 +147,17 @@ class Steps:
             if not self._reserve(run):
                 break
             self._waiting.popleft()
+            if run.begun_s is None:
+                run.begun_s, run.before_tokens = now_s, self._prompt_tokens
             if run.handoff is None:
                 return run, loading
             loading.append(run)
         return None, loading
 
-    def loaded(self, run: Run) -> None:
+    def loaded(self, run: Run, now_s: float) -> None:
         """A handoff is in and may stream; one that could not be read is computed here."""
         assert run.handoff is not None
+        run.loading_s = now_s - (now_s if run.begun_s is None else run.begun_s)
         digest = self._settle(run.handoff)
         if run.aborted:
             self._end(run)
@@ -167,6 +177,7 @@ class Steps:
         if computed is not None and computed.aborted:
             self._end(computed)
         elif computed is not None:
+            self._prompt_tokens += computed.pending_tokens
             self._publish(computed)
             self.streams.append(computed)
         return [self._next_delta(run, now_s) for run in list(self.streams)]
@@ -240,14 +251,15 @@ class Steps:
             sim_token(run.digest, run.answered_tokens + run.produced),
         )
         sources = None if run.produced else self._sources(run)
+        spent = None if sources is None else self._spent(run, sources, now_s)
         run.produced += 1
         self._totals["generated_tokens"] += 1
         if run.produced < run.max_tokens:
-            return Delta(request_id, [token], sources=sources)
+            return Delta(request_id, [token], sources=sources, spent=spent)
         handoff = self._lease(run, now_s) if run.submit.role is Role.PREFILL else None
         self.streams.remove(run)
         self._end(run)
-        return Delta(request_id, [token], "length", sources=sources, handoff=handoff)
+        return Delta(request_id, [token], "length", sources=sources, handoff=handoff, spent=spent)
 
     def _lease(self, run: Run, now_s: float) -> Handoff:
         request_id = run.submit.request_id
@@ -265,6 +277,17 @@ class Steps:
         self._totals["prompt_tokens_received"] += received
         self._totals["prompt_tokens_host"] += run.host_tokens
         return Sources(run.prompt_tokens, computed, device, received, run.host_tokens)
+
+    def _spent(self, run: Run, sources: Sources, now_s: float) -> Spent:
+        begun_s = now_s if run.begun_s is None else run.begun_s
+        loaded_tokens = sources.received_tokens + sources.host_tokens
+        return Spent(
+            queued_s=begun_s - run.arrived_s,
+            loading_s=run.loading_s,
+            computing_s=now_s - begun_s - run.loading_s,
+            loaded_bytes=loaded_tokens * self._replica.kv_bytes_per_token,
+            others_tokens=self._prompt_tokens - run.before_tokens - sources.computed_tokens,
+        )
 
     def _end(self, run: Run) -> None:
         self.pages.release(run.grant)

@@ -21,9 +21,11 @@ from workers.messages import (
     Link,
     Load,
     Release,
+    Replica,
     Reply,
     Resync,
     Role,
+    Spent,
     Step,
     Submit,
     Welcome,
@@ -70,6 +72,10 @@ class Recorder:
     def blocks(self) -> list[Blocks]:
         return [reply for reply in self.replies if isinstance(reply, Blocks)]
 
+    def replica(self) -> Replica:
+        welcomes = [reply for reply in self.replies if isinstance(reply, Welcome)]
+        return welcomes[-1].replica
+
     @property
     def load(self) -> Load:
         """The last load told; a busy one before the first."""
@@ -84,6 +90,10 @@ class Side:
         self._stage = stage
         self.heard = Recorder()
         self.link = connect(self.heard)
+
+    @property
+    def replica(self) -> Replica:
+        return self.heard.replica()
 
     async def until(self, true: Callable[[], bool], what: str) -> None:
         began = asyncio.get_running_loop().time()
@@ -173,6 +183,55 @@ async def a_handoff_gives_the_same_tokens(stage: Stage) -> None:
     await decode.run(Submit("d1", Role.DECODE, tokens, stage.body(6)))
     assert len(decode.heard.tokens("d0")) == 6
     assert decode.heard.tokens("d0") == decode.heard.tokens("d1")
+    await _close(prefill, decode)
+
+
+async def the_first_delta_tells_the_seconds(stage: Stage) -> None:
+    """Each side says once what a request spent: P computed, D loaded what P handed off. Neither
+    says more than passed, and all bytes of what was received are counted."""
+    prefill, decode = await _sides(stage)
+    tokens = stage.prompt(13)
+    began = asyncio.get_running_loop().time()
+    first = (await prefill.run(Submit("t0", Role.PREFILL, tokens, stage.body(4))))[-1]
+    ask = Submit("t1", Role.DECODE, tokens, stage.body(4), first.handoff)
+    second, *others = await decode.run(ask)
+    passed_s = asyncio.get_running_loop().time() - began
+    assert [delta.spent for delta in others] == [None] * len(others)
+    spent, loaded = first.spent, second.spent
+    assert spent is not None
+    assert loaded is not None
+    assert second.sources is not None
+    assert (spent.loading_s, spent.loaded_bytes, spent.others_tokens) == (0.0, 0, 0)
+    assert spent.computing_s > 0.0
+    token_bytes = decode.replica.kv_bytes_per_token
+    assert loaded.loaded_bytes == second.sources.received_tokens * token_bytes > 0
+    assert loaded.loading_s > 0.0
+    assert loaded.others_tokens == 0
+    assert all(seconds >= 0.0 for seconds in _seconds(spent, loaded))
+    assert sum(_seconds(spent, loaded)) <= passed_s
+    await _close(prefill, decode)
+
+
+async def waiting_is_told_apart_from_computing(stage: Stage) -> None:
+    """Of many prompts that come at once the last is taken up behind others, or computed beside
+    them: it says how long it waited, or how much of theirs was computed meanwhile."""
+    prefill, decode = await _sides(stage)
+    asks = [
+        Submit(f"w{number}", Role.PREFILL, stage.prompt(20 + number), stage.body(1))
+        for number in range(6)
+    ]
+    for ask in asks:
+        prefill.link.send(ask)
+    await prefill.until(
+        lambda: all(prefill.heard.finished(ask.request_id) for ask in asks), "all six"
+    )
+    last = prefill.heard.deltas("w5")[-1].spent
+    assert last is not None
+    assert last.queued_s > last.computing_s or last.others_tokens > 0
+    for ask in asks:
+        handoff = prefill.heard.deltas(ask.request_id)[-1].handoff
+        assert handoff is not None
+        decode.link.send(Release(f"{ask.request_id}.release", handoff))
     await _close(prefill, decode)
 
 
@@ -356,6 +415,11 @@ async def a_prefill_that_runs_when_forgotten_is_not_kept(stage: Stage) -> None:
     await _close(prefill, decode)
 
 
+def _seconds(*told: Spent) -> list[float]:
+    each = ((spent.queued_s, spent.loading_s, spent.computing_s) for spent in told)
+    return [seconds for parts in each for seconds in parts]
+
+
 def _idle(load: Load) -> bool:
     return load.waiting == load.running == load.leased == load.pending_prefill_tokens == 0
 
@@ -378,6 +442,8 @@ async def _close(*sides: Side) -> None:
 BEHAVIOURS: tuple[Callable[[Stage], Awaitable[None]], ...] = (
     it_welcomes_first,
     a_handoff_gives_the_same_tokens,
+    the_first_delta_tells_the_seconds,
+    waiting_is_told_apart_from_computing,
     an_abort_frees,
     a_release_ends_the_lease,
     an_abort_before_the_read_ends_the_lease,

@@ -51,6 +51,19 @@ def test_the_engine_core_has_what_the_step_loop_uses() -> None:
         assert attribute in source
 
 
+def test_the_scheduler_takes_requests_up_by_what_the_stopwatch_replaces() -> None:
+    """`workers.stopwatch` notes the time of these calls, which go by the instances' names."""
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert "self.scheduler.schedule(" in inspect.getsource(EngineCore.step)
+    source = inspect.getsource(Scheduler.schedule)
+    assert "self.connector.get_num_new_matched_tokens(" in source
+    assert "self.connector.update_state_after_alloc(" in source
+    assert {"scheduled_new_reqs", "num_scheduled_tokens"} <= set(SchedulerOutput.__annotations__)
+    assert "req_id" in NewRequestData.__annotations__
+
+
 def test_events_carry_the_session_and_nothing_else_reads_it() -> None:
     """`workers.erasure` finds a tenant's blocks by the tag that travels there."""
     import vllm.v1.worker as worker

@@ -250,6 +250,7 @@ class Bench:
                     answer["computed"] = delta.sources.computed_tokens
                     answer["device"] = delta.sources.device_tokens
                     answer["sources"] = delta.sources.by_source()
+                    answer["spent"] = msgspec.to_builtins(delta.spent)
                 answer["tokens"] += delta.token_ids
                 if delta.handoff is not None:
                     answer["handoff"] = delta.handoff
@@ -324,12 +325,10 @@ class Bench:
 
     def costs(self) -> dict[str, list[float]]:
         """By tier: the constant and the seconds a byte that the router would be told, and how many
-        bytes that is from."""
+        fetches that is from."""
         tiers = self._between_steps(self.engine._load).tiers
-        seen = self.engine._totals._costs
         return {
-            tier: [told.latency_s, told.per_byte_s, seen[tier]._seen_bytes]
-            for tier, told in tiers.items()
+            tier: [told.latency_s, told.per_byte_s, told.samples] for tier, told in tiers.items()
         }
 
     def slow_disk(self, seconds: float) -> None:

@@ -25,6 +25,7 @@ from workers.messages import (
     Resync,
     Role,
     Sources,
+    Spent,
     Step,
     Submit,
     TierLoad,
@@ -41,6 +42,7 @@ seconds = st.floats(0, 1e6)
 handoffs = st.dictionaries(text, st.none() | text | counts | st.lists(counts, max_size=3))
 roles = st.sampled_from(Role)
 sources = st.builds(Sources, *[counts] * len(Sources.__struct_fields__))
+spent = st.builds(Spent, seconds, seconds, seconds, counts, counts)
 tiers = st.sampled_from(Tier)
 hints = st.builds(
     Hints, st.none() | counts, st.lists(tiers, max_size=3).map(tuple), st.none() | seconds
@@ -55,6 +57,7 @@ deltas = st.builds(
     handoff=st.none() | handoffs,
     extras=st.none() | st.lists(binary, max_size=2),
     error=st.none() | text,
+    spent=st.none() | spent,
 )
 totals = st.builds(Totals, **dict.fromkeys(["generated_tokens", "transfers"], counts))
 samples = st.lists(st.tuples(counts, counts, seconds), max_size=3).map(tuple)
