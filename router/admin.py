@@ -2,8 +2,10 @@
 change."""
 
 from collections.abc import Awaitable, Callable
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -13,6 +15,7 @@ from starlette.routing import Route
 
 from router.access import KeyRing
 from router.changes import changing
+from router.curves import curves_of
 from router.decisions import Decisions
 from router.errors import AccessError
 from router.fleet import Fleet
@@ -20,13 +23,20 @@ from router.forget import forget
 from router.guard import bearer
 from router.orders import Change
 from router.policy_admin import EXAMPLE, PolicyAdmin
-from router.report import catalogue_row, curves_of, forgotten_report, replica_row
+from router.probing import Probing
+from router.report import catalogue_row, forgotten_report, replica_row
 from router.salt import Salter
 from router.vault import VaultView
 
 Answer = Callable[[Request], Awaitable[Response]]
 
 PATHS = ("/healthz", "/readyz", "/metrics", "/admin/")
+
+
+class ProbeOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /admin/curves."""
+
+    budget_s: Annotated[float, Meta(ge=0.1, le=300.0)] = 5.0
 
 
 class ForgetOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,6 +53,7 @@ def admin_app(
     policies: PolicyAdmin,
     salter: Salter,
     vault: VaultView,
+    probing: Probing,
 ) -> Starlette:
     """The small app in front of vLLM's; with `keys`, /admin needs an admin key."""
 
@@ -61,8 +72,14 @@ def admin_app(
         catalogue = catalogue_row(fleet.line)
         return JSONResponse({"replicas": rows, "catalogue": catalogue, "vault": vault.rows()})
 
-    async def curves(_: Request) -> Response:
-        return JSONResponse(curves_of(fleet))
+    async def curves(request: Request) -> Response:
+        points = request.query_params.get("points", "") in ("1", "true")
+        return JSONResponse(curves_of(fleet, points))
+
+    async def probe(order: ProbeOrder) -> Response:
+        counted = await probing.probe(order.budget_s)
+        names = ("computed", "handed_off", "skipped")
+        return JSONResponse({name: counted[name] for name in names})
 
     async def forget_tenant(order: ForgetOrder) -> Response:
         outcomes = await forget(fleet.members(), salter.tags(order.tenant))
@@ -81,6 +98,7 @@ def admin_app(
     open_to_all = keys is None
     changes = {
         "/admin/policy": changing(Change, policies.order, open_to_all, EXAMPLE),
+        "/admin/curves": changing(ProbeOrder, probe, open_to_all, '{"budget_s": 5}'),
         "/admin/forget": changing(ForgetOrder, forget_tenant, open_to_all, '{"tenant": "acme"}'),
     }
     return Starlette(

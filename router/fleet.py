@@ -10,14 +10,17 @@ import msgspec
 from kv.block import pack_tokens
 from router.catalogue.holdings import Expectations, deepest
 from router.catalogue.wire import Expect, Found, Line
+from router.curve_book import Book
 from router.member import Member
 from router.pools import Pools
+from router.refit import Refit
 from router.roster import Directory, Roster
 from router.snapshot import Snapshot
 from router.speed import Speeds
 from router.warm import Pairs
 from workers.messages import Blocks, Link, Replica, Role, Submit, Totals
 
+_NOTHING_KEPT = Book()
 _WARM_EVERY_S = 0.25
 _LOOK_EVERY_S = 0.05
 
@@ -34,16 +37,18 @@ class Fleet:
         now: Callable[[], float],
         rng: random.Random,
         expects_prefill: bool,
+        book: Book = _NOTHING_KEPT,
     ) -> None:
         self._connect, self.line, self._now, self._random = connect, line, now, rng
         self._expects_prefill, self._body = expects_prefill, warm_body
         self.roster = Roster(directory, self, now)
-        self.pairs = Pairs(warm_body, rng)
+        self.pairs = Pairs(warm_body, rng, book.links)
         # Totals of replicas that left, by their lanes.
         self.retired: dict[tuple[str, ...], Totals] = {}
         self._expected = Expectations()
         self._pools = Pools(self.roster.by_name, self._expected.taken)
-        self._speeds = Speeds()
+        self.speeds = Speeds(book.prefill)
+        self.refit = Refit(self.roster.member, self.speeds, self.pairs, self._pools, now)
         self._named = 0
         self._seen_pair = self._seen_catalogue = False
 
@@ -53,6 +58,7 @@ class Fleet:
             tasks.create_task(self.roster.watch())
             while True:
                 self.pairs.warm(self.up(Role.PREFILL), self.up(Role.DECODE), tasks)
+                self.refit.fade()
                 await asyncio.sleep(_WARM_EVERY_S)
 
     def close(self) -> None:
@@ -83,6 +89,15 @@ class Fleet:
     def cached_blocks(self, member: Member) -> int:
         """Blocks that a replica's paged KV holds, by the catalogue's last beat."""
         return self.line.beat.blocks.get(member.replica.epoch, 0)
+
+    def book(self) -> Book:
+        """What requests have told of curves, for the next cluster."""
+        members, now = self.members(), self._now()
+        replicas = (member.replica for member in members)
+        return Book(
+            prefill=self.speeds.worth_keeping(replicas, now),
+            links=self.pairs.worth_keeping({member.name: member for member in members}, now),
+        )
 
     def block_tokens(self) -> int:
         """Tokens a block; the same on every replica of a cluster, 1 while there is none."""
@@ -140,14 +155,14 @@ class Fleet:
 
     def make(self, replica: Replica) -> Member:
         """A member that is up once it has answered a probe."""
-        speed = self._speeds.learn(replica)
+        self.speeds.learn(replica)
         for member in self.roster.members():
-            member.speed = self._speeds.of(member.replica) or member.speed
+            member.speed = self.speeds.of(member.replica, self._now())
             self._pools.touch(member)
         return Member(
             replica,
             connect=lambda member: self._connect(replica, member),
-            speed=speed,
+            speed=self.speeds.of(replica, self._now()),
             on_blocks=_no_blocks,
             now=self._now,
             probe=self._probe,
@@ -160,6 +175,7 @@ class Fleet:
 
     def gone(self, member: Member) -> None:
         """Its counts stay: sums of counters must not fall."""
+        self.speeds.forget(member.replica)
         self._pools.touch(member)
         lanes, totals = member.load.lanes, member.load.totals
         self.retired[lanes] = self.retired.get(lanes, Totals()).plus(totals)

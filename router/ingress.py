@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 
+from router import curve_book
 from router.access import KeyRing
 from router.admin import PATHS, admin_app
 from router.admission import Admission
@@ -36,6 +37,7 @@ from router.pauses import freeze_start
 from router.pipeline import Pipeline
 from router.planner import Planner, Prices
 from router.policy_admin import PolicyAdmin
+from router.probing import Probing
 from router.pseudonyms import Pseudonyms
 from router.roster import Directory
 from router.salt import Salter
@@ -80,9 +82,10 @@ class Ingress:
         def link(replica: Replica, member: Member) -> Link:
             return connect(replica.address, name, member)
 
-        self.fleet = Fleet(
-            directory, link, line, warm_body(), now, random.Random(), settings.expects_prefill
-        )
+        self._curves = Path(settings.curves_file) if settings.curves_file else None
+        book = curve_book.read(self._curves) if self._curves else curve_book.Book()
+        expects = settings.expects_prefill
+        self.fleet = Fleet(directory, link, line, warm_body(), now, random.Random(), expects, book)
         registry = CollectorRegistry()
         registry.register(FleetMetrics(self.fleet))
         registry.register(vault)
@@ -100,9 +103,10 @@ class Ingress:
         salter = Salter(settings.secret, self._keys is not None, settings.gates)
         self._client = ClusterClient(config, pipeline, salter)
         policies = PolicyAdmin(self._in_force, shadow)
+        probing = Probing(self.fleet, warm_body(), random.Random(), now)
         decisions = Decisions(audit.records, scribe)
-        over = (self.fleet, decisions, registry)
-        self._admin = admin_app(*over, self._keys, policies, salter, vault)
+        told = (self.fleet, decisions, registry, self._keys, policies, salter, vault, probing)
+        self._admin = admin_app(*told)
 
     async def check_health(self) -> None:
         """Raise once requests would no longer be answered."""
@@ -148,6 +152,8 @@ class Ingress:
             tasks.create_task(self.fleet.watch())
             tasks.create_task(self._line.watch())
             tasks.create_task(self._vault.watch())
+            if self._curves is not None:
+                tasks.create_task(curve_book.follow(self._curves, self.fleet.book))
 
     async def _app(self) -> App:
         vllm_app = build_app(self._args, ("generate",), self._client.model_config)

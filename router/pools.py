@@ -52,6 +52,19 @@ class Pools:
             self._rows[place] = row
             self._loads[:, place] = load_of(row)
 
+    def relink(
+        self, pair: Pair, before: Mapping[Pair, LinkCurve], curves: Mapping[Pair, LinkCurve]
+    ) -> None:
+        """The link of one pair has changed, and nothing else between these two mappings: its place
+        in the columns is set now, which is not a decision's to pay."""
+        p, d = (self._places.get(name) for name in pair)
+        if self._moved or self._curves is not before or p is None or d is None:
+            return
+        self._curves, at = curves, (d, p - self._n_decode)
+        self._links = LinkColumns(self._links.latency_s.copy(), self._links.per_byte_s.copy())
+        self._links.latency_s[at] = curves[pair].latency_s
+        self._links.per_byte_s[at] = curves[pair].per_byte_s
+
     def snapshot(self, found: Found | None, curves: Mapping[Pair, LinkCurve]) -> Snapshot:
         """What is routable now; `found` is what the catalogue and this ingress know of the prompt.
 

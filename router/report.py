@@ -104,24 +104,3 @@ def _shadow(shadow: Shadowed) -> dict[str, Any]:
         "decode": None if plan is None else plan.decode,
         "predicted_ttft_s": None if plan is None else round(plan.predicted_ttft_s, 6),
     }
-
-
-def curves_of(fleet: Fleet) -> dict[str, Any]:
-    return {
-        "prefill": {
-            member.name: {
-                "base_s": member.speed.curve.base_s,
-                "per_token_s": member.speed.curve.per_token_s,
-                "per_token2_s": member.speed.curve.per_token2_s,
-                "step_s": member.speed.step_s,
-            }
-            for member in fleet.members()
-        },
-        "links": {
-            f"{source}->{destination}": {
-                "latency_s": link.latency_s,
-                "bytes_per_s": None if link.per_byte_s == 0 else 1 / link.per_byte_s,
-            }
-            for (source, destination), link in fleet.pairs.links.items()
-        },
-    }

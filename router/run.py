@@ -67,7 +67,9 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
                     expected.close()  # it has begun: the replica's reports tell
                     unread = None
                     record.decode_sources = delta.sources or record.decode_sources
-                    record.decode_spent = delta.spent or record.decode_spent
+                    if delta.spent is not None:
+                        record.decode_spent = delta.spent
+                        fleet.refit.soon(attempt.plan, record)
                     yield _outward(attempt, delta, record)
         except ReplicaLostError as error:
             if error.replica == attempt.plan.prefill:

@@ -33,6 +33,8 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 30.0
     request_timeout_s: float | None = None
     keys_file: str | None = None
+    # Where curves of this model are kept from one cluster to the next.
+    curves_file: str | None = None
     policy: Policy = Policy.BREAKEVEN
     shadow: Policy | None = None
     # Lossy codecs that the model may use, each with its gate's id.

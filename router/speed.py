@@ -1,16 +1,20 @@
-"""How fast a replica is: the best that was measured of any like it.
+"""How fast a replica is: the best that was measured of any like it, until requests tell.
 
 Replicas time themselves when they start, while others start beside them, and whatever else runs
 only ever slows a probe: of four like engines on 2 cores one measured 0.5 s for a prompt, another
 2.4 s, where each takes 0.4 s. Plans between them would go by that noise.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from kv.curve import PrefillCurve, PrefillSample, fit_prefill
+from kv.live import TYPICAL_TOKENS, LivePrefill
+from router.curve_book import LEAST_SAMPLES, KeptPrefill
 from workers.messages import Replica
 
+NOTHING_KEPT: Mapping[str, KeptPrefill] = MappingProxyType({})
 # (new tokens, cached tokens)
 _At = tuple[int, int]
 
@@ -47,21 +51,60 @@ def speed_of(replica: Replica) -> Speed:
 
 
 class Speeds:
-    """Remembers the best of each kind of replica, those that are gone included."""
+    """Remembers the best of each kind of replica, those that are gone included, and what requests
+    told of each replica that is there. Times are seconds of any one clock; `kept` is what earlier
+    clusters knew, by hardware."""
 
-    def __init__(self) -> None:
-        self._best: dict[tuple[str, str], _Best] = {}
+    def __init__(self, kept: Mapping[str, KeptPrefill] = NOTHING_KEPT) -> None:
+        self._kept = kept
+        self._best: dict[tuple[str, ...], _Best] = {}
+        self._measured: dict[tuple[str, ...], Speed] = {}
+        self._live: dict[str, LivePrefill] = {}
 
-    def learn(self, replica: Replica) -> Speed:
-        """The speed of its kind, with what it measured. Raises CurveError if that is nothing."""
-        own = speed_of(replica)
-        if not replica.hardware:
-            return own
-        kind = replica.model, replica.hardware
-        self._best[kind] = self._best.get(kind, _Best()).with_(replica)
-        return self._best[kind].speed()
+    def learn(self, replica: Replica) -> None:
+        """What a replica measured. Raises CurveError if that is nothing."""
+        speed_of(replica)
+        kind = _kind(replica)
+        best = self._best[kind] = self._best.get(kind, _Best()).with_(replica)
+        measured = self._measured[kind] = best.speed()
+        kept = self._kept.get(replica.hardware)
+        if kept is not None:
+            curves = (measured.curve, kept.curve())
+            cheaper = min(curves, key=lambda curve: curve.seconds(TYPICAL_TOKENS, 0))
+            self._measured[kind] = replace(measured, curve=cheaper)
 
-    def of(self, replica: Replica) -> Speed | None:
-        """The speed of its kind; None for one that has no kind, or none was learned of."""
-        best = self._best.get((replica.model, replica.hardware))
-        return best.speed() if best is not None and replica.hardware else None
+    def saw(self, replica: Replica, sample: PrefillSample, now_s: float) -> None:
+        """One request's prefill on a replica that was learned."""
+        live = self._live.get(replica.epoch)
+        if live is None:
+            measured = self._measured[_kind(replica)].curve
+            live = self._live[replica.epoch] = LivePrefill(measured)
+        live.saw(sample, now_s)
+
+    def of(self, replica: Replica, now_s: float) -> Speed:
+        """How fast a replica is that was learned."""
+        measured, live = self._measured[_kind(replica)], self._live.get(replica.epoch)
+        return measured if live is None else replace(measured, curve=live.curve(now_s))
+
+    def live(self, replica: Replica) -> LivePrefill | None:
+        """What requests told of a replica."""
+        return self._live.get(replica.epoch)
+
+    def forget(self, replica: Replica) -> None:
+        """It has left."""
+        self._live.pop(replica.epoch, None)
+
+    def worth_keeping(self, replicas: Iterable[Replica], now_s: float) -> dict[str, KeptPrefill]:
+        """By hardware, the curve of that replica of which most is known."""
+        kept: dict[str, KeptPrefill] = {}
+        for replica in replicas:
+            live, known = self.live(replica), kept.get(replica.hardware)
+            enough = max(LEAST_SAMPLES, known.samples if known is not None else 0)
+            if replica.hardware and live is not None and live.samples >= enough:
+                kept[replica.hardware] = KeptPrefill.of(live.curve(now_s), live.samples)
+        return kept
+
+
+def _kind(replica: Replica) -> tuple[str, ...]:
+    """Replicas of one kind are equally fast; one that does not say what it runs on is alone."""
+    return (replica.model, replica.hardware) if replica.hardware else (replica.epoch,)

@@ -2,7 +2,7 @@
 
 The first transfer between two NIXL agents pays for a handshake, and a prefill replica that dies
 unmet costs its decode replica about 5 s (FACTS). So each pair moves two small prompts before it
-is routable, and those give the first link curve.
+is routable, and those give the first link curve; requests that are handed off move it then.
 """
 
 import asyncio
@@ -11,15 +11,20 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 from kv.block import pack_tokens
 from kv.curve import LinkCurve, TransferSample, fit_link
 from kv.errors import KVError
+from kv.live import TYPICAL_TOKENS, LiveLink
+from router.curve_book import LEAST_SAMPLES, KeptLink
 from router.member import Member
 from workers.errors import ReplicaLostError, WorkerError
 from workers.messages import Handoff, Role, Submit
 
 logger = logging.getLogger(__name__)
+
+NOTHING_KEPT: Mapping[str, KeptLink] = MappingProxyType({})
 
 _TIMEOUT_S = 60.0
 _RETRY_S = 1.0
@@ -30,13 +35,17 @@ _VOCABULARY = 1000
 
 
 class Pairs:
-    """The warmed (prefill, decode) pairs. `body` is an engine request for one greedy token."""
+    """The warmed (prefill, decode) pairs. `body` is an engine request for one greedy token; `kept`
+    is what earlier clusters knew of links, by what they join."""
 
-    def __init__(self, body: bytes, rng: random.Random) -> None:
-        self._body, self._random = body, rng
+    def __init__(
+        self, body: bytes, rng: random.Random, kept: Mapping[str, KeptLink] = NOTHING_KEPT
+    ) -> None:
+        self._body, self._random, self._kept = body, rng, kept
         # One introduction at a time for a replica: two would time each other.
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._links: dict[tuple[str, str], LinkCurve] = {}
+        self._live: dict[tuple[str, str], LiveLink] = {}
         self._warming: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     @property
@@ -60,9 +69,44 @@ class Pairs:
     def cool(self, name: str) -> None:
         """Every pair of this replica is void: it restarted, hung or left."""
         self._links = {pair: link for pair, link in self._links.items() if name not in pair}
+        self._live = {pair: live for pair, live in self._live.items() if pair in self._links}
+
+    def saw(self, pair: tuple[str, str], sample: TransferSample, now_s: float) -> None:
+        """A handoff of one request; ignored for a pair that is not warmed."""
+        if (live := self._live.get(pair)) is not None:
+            live.saw(sample, now_s)
+
+    def told(self, pair: tuple[str, str], now_s: float) -> bool:
+        """Bring a pair's link up to date; whether it has changed."""
+        live = self._live.get(pair)
+        if live is None or (curve := live.curve(now_s)) == self._links[pair]:
+            return False
+        self._links = {**self._links, pair: curve}
+        return True
+
+    def live(self, pair: tuple[str, str]) -> LiveLink | None:
+        """What requests told of a pair."""
+        return self._live.get(pair)
+
+    def fading(self) -> list[tuple[str, str]]:
+        """The pairs whose links change while nothing is seen of them."""
+        return [pair for pair, live in self._live.items() if live.fades]
 
     def _warmed(self, pair: tuple[str, str], _: "asyncio.Task[None]") -> None:
         del self._warming[pair]
+
+    def worth_keeping(self, members: Mapping[str, Member], now_s: float) -> dict[str, KeptLink]:
+        """By what they join, the curve of that link of which most is known."""
+        kept: dict[str, KeptLink] = {}
+        for (p, d), live in self._live.items():
+            if p not in members or d not in members:
+                continue
+            kind = joined(members[p], members[d])
+            enough = max(LEAST_SAMPLES, kept[kind].samples if kind in kept else 0)
+            if live.samples >= enough:
+                curve = live.curve(now_s)
+                kept[kind] = KeptLink(curve.latency_s, curve.per_byte_s, live.samples)
+        return kept
 
     async def _introduce(self, prefill: Member, decode: Member) -> None:
         try:
@@ -74,7 +118,12 @@ class Pairs:
             await asyncio.sleep(_RETRY_S)
             return
         if prefill.up and decode.up:
-            self._links = {**self._links, (prefill.name, decode.name): curve}
+            pair = prefill.name, decode.name
+            typical_bytes = TYPICAL_TOKENS * decode.replica.kv_bytes_per_token
+            if (kept := self._kept.get(joined(prefill, decode))) is not None:
+                curve = min(curve, kept.curve(), key=lambda each: each.seconds(typical_bytes))
+            self._live[pair] = LiveLink(curve, typical_bytes)
+            self._links = {**self._links, pair: curve}
 
     async def _measure(self, prefill: Member, decode: Member) -> LinkCurve:
         """What the link costs at its best: what stands in its way is priced as a queue."""
@@ -112,3 +161,10 @@ class Pairs:
             raise
         seconds = asyncio.get_running_loop().time() - began
         return TransferSample(n_tokens * prefill.replica.kv_bytes_per_token, seconds)
+
+
+def joined(prefill: Member, decode: Member) -> str:
+    """What a link is between: two links of one kind are alike."""
+    source, destination = prefill.replica, decode.replica
+    nodes = "one node" if source.node == destination.node else "two nodes"
+    return f"{source.hardware} to {destination.hardware}, {nodes}"

@@ -22,6 +22,7 @@ from router.metrics import PolicyMetrics
 from router.orders import FOLLOW_EVERY_S, Change, InForce, Order
 from router.policy import Policy
 from router.policy_admin import EXAMPLE, PolicyAdmin
+from router.probing import Probing
 from router.salt import Salter
 from router.shadow import Shadow
 from router.vault import VaultView
@@ -220,8 +221,9 @@ async def test_with_keys_only_the_admin_key_orders(store: Store, tmp_path: Path)
     ring = KeyRing(path, asyncio.get_running_loop().time)
     # The replicas and decisions of an ingress are not asked for here.
     fleet, vault = cast(Fleet, None), cast(VaultView, None)
-    decisions = Decisions((), cast(Scribe, None))
-    app = admin_app(fleet, decisions, CollectorRegistry(), ring, admin, Salter(b"s", True), vault)
+    decisions, salter = Decisions((), cast(Scribe, None)), Salter(b"s", True)
+    probing = cast(Probing, None)
+    app = admin_app(fleet, decisions, CollectorRegistry(), ring, admin, salter, vault, probing)
     base = "https://cluster.example.com"
     order = {"policy": "least_loaded"}
     transport = httpx.ASGITransport(app)

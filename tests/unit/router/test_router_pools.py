@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
 from router.catalogue.wire import Found, Taken
-from router.columns import Columns
+from router.columns import Columns, Floats
 from router.member import Member
 from router.pools import NOTHING, Pools, view_of
 from router.snapshot import ReplicaView, Snapshot
@@ -51,7 +51,7 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         self.sent: dict[str, Taken] = {}
         self.pools = Pools(self.members, lambda epoch: self.sent.get(epoch, NOTHING))
         self.links: dict[tuple[str, str], LinkCurve] = {}
-        self.shown: list[tuple[Snapshot, list[object]]] = []
+        self.shown: list[tuple[Snapshot, list[object], Floats]] = []
 
     @rule(name=some_name, role=some_role, up=st.booleans(), lends=st.booleans())
     def come(self, name: str, role: Role, up: bool, lends: bool) -> None:
@@ -104,6 +104,13 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
     def warm(self, p: str, d: str, latency_s: float) -> None:
         self.links = {**self.links, (p, d): LinkCurve(latency_s, 1e-9)}
 
+    @rule(p=some_name, d=some_name, latency_s=st.sampled_from([0.03, 0.04]))
+    def relink(self, p: str, d: str, latency_s: float) -> None:
+        if (p, d) in self.links:
+            before = self.links
+            self.links = {**before, (p, d): LinkCurve(latency_s, 2e-9)}
+            self.pools.relink((p, d), before, self.links)
+
     @rule(name=some_name)
     def cool(self, name: str) -> None:
         self.links = {pair: link for pair, link in self.links.items() if name not in pair}
@@ -149,7 +156,9 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         assert dict(snapshot.peers) == addresses
         self.columns_are_those_of_the_rows(snapshot)
         self.prices_are_those_of_the_links(snapshot)
-        self.shown.append((snapshot, [*snapshot.prefill, *snapshot.decode]))
+        assert snapshot.columns is not None
+        links = snapshot.columns.links.latency_s.copy()
+        self.shown.append((snapshot, [*snapshot.prefill, *snapshot.decode], links))
 
     def columns_are_those_of_the_rows(self, snapshot: Snapshot) -> None:
         """Kept from request to request or made anew, they are the same numbers."""
@@ -175,13 +184,16 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         for i, decode in enumerate(snapshot.decode):
             for j, prefill in enumerate(snapshot.prefill):
                 link = self.links.get((prefill.name, decode.name))
-                latency_s = snapshot.columns.links.latency_s[i, j]
-                assert latency_s == (link.latency_s if link else math.inf)
+                columns = snapshot.columns.links
+                assert columns.latency_s[i, j] == (link.latency_s if link else math.inf)
+                assert columns.per_byte_s[i, j] == (link.per_byte_s if link else 0.0)
 
     @invariant()
     def a_snapshot_never_changes(self) -> None:
-        for snapshot, rows in self.shown:
+        for snapshot, rows, links in self.shown:
             assert [*snapshot.prefill, *snapshot.decode] == rows
+            assert snapshot.columns is not None
+            assert np.array_equal(snapshot.columns.links.latency_s, links)
 
 
 TestPoolsAgainstMembers = PoolsAgainstMembers.TestCase

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv.curve import PrefillSample
 from kv.errors import CurveError
 from router.speed import Speeds, speed_of
 from workers.messages import Replica, Role
@@ -27,10 +28,9 @@ def test_all_of_a_kind_are_as_fast_as_the_fastest(factors: list[float]) -> None:
     speeds = Speeds()
     replicas = [_slowed(factor) for factor in factors]
     for replica in replicas:
-        last = speeds.learn(replica)
+        speeds.learn(replica)
     fastest = speed_of(_slowed(min(factors)))
-    assert last == fastest
-    assert [speeds.of(replica) for replica in replicas] == [fastest] * len(replicas)
+    assert [speeds.of(replica, 0.0) for replica in replicas] == [fastest] * len(replicas)
 
 
 def test_another_kind_has_a_speed_of_its_own() -> None:
@@ -40,8 +40,9 @@ def test_another_kind_has_a_speed_of_its_own() -> None:
     gpu = sim_replica("g", Role.DECODE, COSTS, hardware="gpu", step_s=7.0)
     other = sim_replica("m", Role.DECODE, COSTS, hardware="cpu", model="other", step_s=8.0)
     unknown = sim_replica("u", Role.DECODE, COSTS, step_s=9.0)
-    assert [speeds.learn(r).step_s for r in (gpu, other, unknown)] == [7.0, 8.0, 9.0]
-    assert speeds.of(unknown) is None
+    for replica in (gpu, other, unknown):
+        speeds.learn(replica)
+    assert [speeds.of(r, 0.0).step_s for r in (gpu, other, unknown)] == [7.0, 8.0, 9.0]
 
 
 def test_one_that_measured_nothing_is_refused() -> None:
@@ -50,3 +51,37 @@ def test_one_that_measured_nothing_is_refused() -> None:
     speeds.learn(_slowed(1.0))
     with pytest.raises(CurveError):
         speeds.learn(sim_replica("n", Role.DECODE, COSTS, prefill_samples=(), hardware="cpu"))
+
+
+def test_requests_tell_of_the_replica_that_served_them() -> None:
+    """One of a kind becomes slower, another is as it was; a new engine of that name too, and what
+    is known of one that left is forgotten."""
+    speeds = Speeds()
+    slow, like = (msgspec.structs.replace(_slowed(1.0), epoch=epoch) for epoch in "ab")
+    speeds.learn(slow)
+    speeds.learn(like)
+    measured = speeds.of(like, 0.0)
+    for number in range(5):
+        sample = PrefillSample(900, 100, 4.0 * COSTS.prefill.seconds(900, 100))
+        speeds.saw(slow, sample, float(number))
+    told = speeds.of(slow, 4.0).curve
+    assert told.seconds(900, 100) == pytest.approx(sample.seconds, rel=0.1)
+    assert speeds.of(like, 4.0) == measured
+    restarted = msgspec.structs.replace(slow, epoch="c")
+    speeds.learn(restarted)
+    assert speeds.of(restarted, 4.0) == measured
+    speeds.forget(slow)
+    assert speeds.of(slow, 4.0) == measured
+
+
+def test_a_probe_that_comes_later_does_not_overrule_requests() -> None:
+    """Another of its kind that measured itself faster says nothing of one that requests tell of."""
+    speeds = Speeds()
+    replica = msgspec.structs.replace(_slowed(2.0), epoch="a")
+    speeds.learn(replica)
+    for number in range(5):
+        sample = PrefillSample(900, 0, 3.0 * COSTS.prefill.seconds(900, 0))
+        speeds.saw(replica, sample, float(number))
+    before = speeds.of(replica, 4.0).curve
+    speeds.learn(msgspec.structs.replace(_slowed(1.0), epoch="b"))
+    assert speeds.of(replica, 4.0).curve == before
