@@ -9,7 +9,8 @@ from ray import serve
 from ray.serve import Application
 
 from cluster import verdicts
-from cluster.config import APP, Config, Pool, audit_dir
+from cluster.config import APP, Config, Pool, audit_dir, cache_dir
+from kv.fingerprint import fingerprint, folder_identity
 from router.settings import AuditPlace, IngressSettings
 from workers.curve import server_keys
 from workers.messages import Role
@@ -142,6 +143,7 @@ def _ingress(
         drain_s=section.drain_s,
         request_timeout_s=section.request_timeout_s,
         keys_file=_resolved(section.keys_file),
+        curves_file=str(kept_curves(model)),
         gates=verdicts.gates(config, model),
         tls_cert_file=_resolved(section.tls_cert_file),
         tls_key_file=_resolved(section.tls_key_file),
@@ -162,6 +164,13 @@ def _ingress(
         max_constructor_retry_count=_START_TRIES,
     )
     return _versioned(deployment, 0).bind(APP, settings, *others)
+
+
+def kept_curves(model: Path | str) -> Path:
+    """Where the curves of a model are kept from one cluster to the next."""
+    folder = Path(model)
+    known = folder_identity(folder) if folder.is_dir() else fingerprint({"model": str(model)})
+    return cache_dir() / "curves" / f"{known}.json"
 
 
 def _audit(config: Config) -> AuditPlace | None:

@@ -130,16 +130,21 @@ def _add_kv_size(commands: Any) -> None:
 
 
 def _add_calibrate(commands: Any) -> None:
-    about = "measure what each codec does to the model's answers, on an engine of its own"
+    about = "measure now what a running cluster's replicas and links cost; or codecs"
     calibrate = commands.add_parser("calibrate", help=about)
     calibrate.add_argument(
         "--codecs",
         nargs="*",
-        required=True,
         choices=[str(each) for each in CodecName],
         metavar="CODEC",
-        help="which; every lossy one by default",
+        help="instead, what these (every lossy one by default) do to the model's answers, on an "
+        "engine of its own",
     )
+    calibrate.add_argument(
+        "--seconds", type=_seconds, default=5.0, metavar="S", help="to probe for; 5 by default"
+    )
+    about = "draw points, fits and crossovers there, as PNG, SVG or PDF"
+    calibrate.add_argument("--plot", type=Path, metavar="FILE", help=about)
     calibrate.add_argument("--config", type=Path, help="a YAML file; keys as in configs/cpu.yaml")
     calibrate.add_argument("--model", help="a model folder or hub name")
     calibrate.add_argument("--json", action="store_true", help="for programs")
@@ -159,6 +164,17 @@ def _count(text: str) -> int:
     if not 1 <= count <= 1 << 40:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 1 to 2^40")
     return count
+
+
+def _seconds(text: str) -> float:
+    """From a tenth of a second to five minutes."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 300.0:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number of seconds from 0.1 to 300")
+    return seconds
 
 
 def _add(commands: Any, name: str, run: Any, about: str) -> None:
@@ -244,6 +260,10 @@ def _kv_size(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
+    if arguments.codecs is None:
+        from cluster import curves
+
+        return curves.calibrate(arguments.seconds, arguments.plot, arguments.json)
     from cluster.calibrate import calibrate
 
     given = {} if arguments.model is None else {"model": arguments.model}

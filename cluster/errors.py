@@ -9,6 +9,7 @@ ClusterError
 ├── AdminKeyError       a cluster with keys was asked without the admin key
 ├── RestartError        replicas were not replaced in time
 ├── CodecRefusedError   a codec that this model may not use
+├── PlotError           a picture that cannot be drawn
 ├── AuditFileError      an audit that cannot be read
 ├── UnknownRequestError a request that no audit has
 ├── RefusedError        the cluster did not take an order
@@ -99,6 +100,17 @@ class CodecRefusedError(ClusterError):
 
     def __str__(self) -> str:
         return f"codec {self.codec}: {self.complaint}; `{self.command}` measures it"
+
+
+class PlotError(ClusterError):
+    """A picture cannot be drawn, or not where it was asked for."""
+
+    def __init__(self, subject: str, complaint: str) -> None:
+        super().__init__(subject, complaint)
+        self.subject, self.complaint = subject, complaint
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.complaint}"
 
 
 class AuditFileError(ClusterError):

@@ -151,7 +151,7 @@ def _name(row: dict[str, Any]) -> str:
 
 def _links(report: dict[str, Any]) -> Table:
     by_name = {row["name"]: row for row in report["replicas"]}
-    table = Table("link", "transport", "latency", "bandwidth", "received", "failed")
+    table = Table("link", "transport", "latency", "bandwidth", "crossover", "received", "failed")
     for name, link in sorted(report["curves"]["links"].items()):
         receiver = by_name.get(name.split("->")[1], {})
         speed = link["bytes_per_s"]
@@ -160,7 +160,13 @@ def _links(report: dict[str, Any]) -> Table:
             ", ".join(receiver.get("lanes", [])) or "none yet",
             f"{link['latency_s'] * 1e3:.0f} ms",
             f"{speed / 1e9:.2f} GB/s" if speed else "not measurable",
+            crossover(link["crossover_tokens"]),
             f"{receiver.get('transfer_bytes', 0) / 1e6:.0f} MB",
             str(receiver.get("failed_transfers", 0)),
         )
     return table
+
+
+def crossover(tokens: float | None) -> str:
+    """From how many tokens on a prefix is worth moving."""
+    return "never" if tokens is None else f"{tokens:.0f} tok"
