@@ -42,7 +42,6 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
-from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import Request
@@ -54,6 +53,7 @@ from kv.offload_disk import DiskTier, tag_of
 from kv.offload_host import HostTier
 from kv.offload_kinds import refuse
 from kv.offload_rows import CleanRows, overwrite
+from kv.offload_split import SplitLookups
 from kv.promoted import DEADLINE, Promoted
 
 logger = init_logger(__name__)
@@ -158,6 +158,7 @@ class TieredSpec(TieringOffloadingSpec):
             tiers = [create(config, view, self) for config in self.secondary_tier_configs]
             timeout_s = self.extra_config.get("load_timeout_s", LOAD_TIMEOUT_S)
             self._manager = Tiers(primary, tiers, timeout_s)
+            self._manager.one_group = len(self.config.groups) == 1
         manager: Tiers = self._manager
         return manager
 
@@ -198,7 +199,7 @@ class Erasing(Protocol):
         ...
 
 
-class Tiers(TieringOffloadingManager):
+class Tiers(SplitLookups):
     """vLLM's manager, with an end to its retries and with erasure. The engine's thread only.
 
     Stock, a prefix longer than the host tier is fetched for ever: each block fetched displaces
@@ -218,7 +219,7 @@ class Tiers(TieringOffloadingManager):
         self._load_timeout_s, self._now = load_timeout_s, now
         self._complained_at = -math.inf
         primary.withheld = lambda key: key in self._doomed
-        self._most_promoted = max(1, primary._num_chunks // 2)
+        self.most_promoted = max(1, primary._num_chunks // 2)
         self._tags: dict[OffloadKey, str] = {}
         self._doomed: set[OffloadKey] = set()
         self._sealed: set[str] = set()
@@ -228,6 +229,9 @@ class Tiers(TieringOffloadingManager):
     ) -> LookupResult:
         if key in self._doomed:
             return LookupResult.MISS
+        found = self._between_looks(key, req_context)
+        if found is not None:
+            return found
         found = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
         waits = found is LookupResult.HIT_PENDING or found is LookupResult.RETRY
         return LookupResult.MISS if waits and self._is_late(req_context) else found
@@ -249,7 +253,7 @@ class Tiers(TieringOffloadingManager):
 
     def _initiate_promotion(self, tier_idx: int, key: OffloadKey, req_context: ReqContext) -> bool:
         promoted = _promoted(req_context)
-        if promoted.late or key in promoted.keys or len(promoted.keys) >= self._most_promoted:
+        if promoted.late or key in promoted.keys or len(promoted.keys) >= self.most_promoted:
             return False
         started: bool = super()._initiate_promotion(tier_idx, key, req_context)
         if started:

@@ -38,6 +38,7 @@ class Reason(StrEnum):
     CHEAPER_LOCAL = "cheaper_local"  # computing on D costs less than the best handoff
     CHEAPER_REMOTE = "cheaper_remote"  # computing on P, with the handoff, costs less than on D
     CHEAPER_FETCH = "cheaper_fetch"  # taking a prefix from tiers costs less than computing it
+    OVERLAP = "overlap"  # computing the head on P while D fetches the tail costs less than either
     NO_PREFILL_REPLICA = "no_prefill_replica"  # several D were routable, but no P
     NO_CATALOGUE = "no_catalogue"  # nobody could say what is cached where: planned as if nothing
     SESSION = "session"  # about as cheap as the best, and where this session's other turns go
@@ -90,12 +91,18 @@ class Hints:
     as far as they are there within `deadline_s` of being asked for (None: however long that takes).
     What lies behind is computed, whatever tiers hold. By default everything is. `peer` is where
     another replica lends blocks; without it none is asked.
+
+    In a split that replica computes the prompt's first `head_tokens`, under the same request id.
+    They come from there as they are computed, and from `tiers` only once that one has failed, or
+    `head_deadline_s` are over; the others come from `tiers` at once.
     """
 
     reach_tokens: int | None = 0
     tiers: tuple[Tier, ...] = ()
     deadline_s: float | None = None
     peer: str | None = None
+    head_tokens: int = 0
+    head_deadline_s: float = 0.0
 
 
 # For plans that know nothing of tiers: the engine takes what it has.

@@ -69,6 +69,7 @@ class Engine:
         self._core = EngineCore(config, Executor.get_class(config), log_stats=True)
         self._scheduler: Any = self._core.scheduler
         self._world_size: int = config.parallel_config.world_size
+        self._block_tokens: int = config.cache_config.block_size
         self._tiered = _tiered(self._scheduler)
         self._tiers: Any = None if self._tiered is None else self._tiered.scheduler.manager
         secondary = () if self._tiers is None else self._tiers.secondary_tiers
@@ -120,6 +121,13 @@ class Engine:
     def geometry(self) -> Geometry:
         """What one rank's pages hold, as allocated."""
         return pages.geometry(self._scheduler.kv_cache_config)
+
+    def room_tokens(self) -> int:
+        """How much of one prompt the host tier takes in from the tiers behind it."""
+        if self._tiers is None:
+            return 0
+        kinds = self._scheduler.kv_cache_config.kv_cache_groups
+        return int(self._tiers.most_promoted // len(kinds) * self._block_tokens)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of paged KV that one token takes over all layers and ranks, as allocated."""

@@ -58,6 +58,8 @@ class Replica(msgspec.Struct, frozen=True):
     hardware: str = ""
     # Where other replicas are lent its host tier's blocks; empty where they are not.
     peer_address: str = ""
+    # Of one prompt, how much its host tier takes in from what lies behind it.
+    room_tokens: int = 0
     wire_version: int = WIRE_VERSION
 
 
@@ -134,7 +136,9 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     KV under a lease and answers with a handoff; with `handoff` it first takes that KV.
     `answered` are tokens of the answer that another engine gave before it was lost, packed: the
     engine goes on behind them (`workers.carry`). `hints` say what it may take from its tiers;
-    without any it takes what they have. Behind a handoff it takes nothing from them.
+    without any it takes what they have. Behind a handoff it takes nothing from them. A prefill
+    that `lends` is the head of a split: its KV stays in the engine's host tier, from where the
+    decode replica that runs a request of the same id reads it, and its answer has no handoff.
     """
 
     request_id: str
@@ -145,6 +149,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     answered: bytes = b""
     hints: Hints | None = None
     keep: Keep | None = None
+    lends: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

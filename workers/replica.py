@@ -102,6 +102,7 @@ class ReplicaProcess:
             step_s=step_s,
             hardware=options.hardware(config),
             peer_address=peer_address,
+            room_tokens=self._engine.room_tokens() if peer_address else 0,
         )
 
     def _with_tiers(self, transfer: dict[str, Any]) -> dict[str, Any]:

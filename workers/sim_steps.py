@@ -256,7 +256,8 @@ class Steps:
         self._totals["generated_tokens"] += 1
         if run.produced < run.max_tokens:
             return Delta(request_id, [token], sources=sources, spent=spent)
-        handoff = self._lease(run, now_s) if run.submit.role is Role.PREFILL else None
+        leases = run.submit.role is Role.PREFILL and not run.submit.lends
+        handoff = self._lease(run, now_s) if leases else None
         self.streams.remove(run)
         self._end(run)
         return Delta(request_id, [token], "length", sources=sources, handoff=handoff, spent=spent)

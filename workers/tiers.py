@@ -14,6 +14,7 @@ from msgspec import Meta
 from kv.catalogue import Tier
 from kv.codecs.codec import CodecName
 from kv.fingerprint import engine_facts, fingerprint, folder_identity, snapshot_identity
+from kv.head import HEAD_TOKENS
 from kv.plan import Hints
 from kv.promoted import DEADLINE
 from workers.messages import Keep
@@ -180,7 +181,12 @@ def _told(hints: Hints) -> dict[str, Any]:
         told["kv_load_tiers"] = [_MATCHERS[tier] for tier in hints.tiers if tier in _MATCHERS]
     if hints.deadline_s is not None:
         told[DEADLINE] = hints.deadline_s
-    return told if hints.peer is None else with_peer(told, PeerHint(hints.peer, hints.deadline_s))
+    if hints.peer is None:
+        return told
+    if not hints.head_tokens:
+        return with_peer(told, PeerHint(hints.peer, hints.deadline_s))
+    told[HEAD_TOKENS] = hints.head_tokens
+    return with_peer(told, PeerHint(hints.peer, hints.head_deadline_s))
 
 
 def keep_of(params: Mapping[str, Any] | None) -> Keep:

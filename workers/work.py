@@ -25,7 +25,7 @@ def engine_request(submit: Submit) -> EngineCoreRequest:
     request.session_id = tag_of(request.cache_salt)
     carry(request, unpack_tokens(submit.answered))
     if submit.role is Role.PREFILL:
-        request.sampling_params = _prefill_params()
+        request.sampling_params = _prefill_params(submit.lends)
     else:
         _take_handoff(request.sampling_params, submit.handoff)
     return request
@@ -71,7 +71,7 @@ def delta(output: EngineCoreOutput) -> Delta:
     )
 
 
-def _prefill_params() -> SamplingParams:
+def _prefill_params(lends: bool) -> SamplingParams:
     # One greedy token and nothing else: the KV of a prompt does not depend on how its answer
     # is sampled, and the decode replica samples the first token itself.
     return SamplingParams(
@@ -80,7 +80,7 @@ def _prefill_params() -> SamplingParams:
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={"kv_transfer_params": dict(KEEP_FOR_DECODE)},
+        extra_args=None if lends else {"kv_transfer_params": dict(KEEP_FOR_DECODE)},
     )
 
 

@@ -46,10 +46,12 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kv.catalogue import Tier
+from kv.head import Head
 from kv.offload import BatchedCopyWorker, TieredConnector, TieredSpec, Tiers
 from kv.offload_disk import TAG, DiskTier, StoreQueue
 from kv.offload_host import HostTier
 from kv.offload_rows import CleanRows
+from kv.offload_split import SplitLookups
 from kv.plan import Hints
 from kv.promoted import DEADLINE
 from workers.counters import LOADED, METRICS_BY_TIER, PROMOTED, SOURCES, TIER_METRICS
@@ -84,7 +86,12 @@ def test_what_we_override_is_still_called_so() -> None:
         (TieringOffloadingSpec, TieredSpec, ["get_manager", "get_worker"]),
         (TieringOffloadingManager, Tiers, of_the_manager.split()),
         (SecondaryTierManager, DiskTier, of_a_tier),
-        (SecondaryTierManager, PeerTier, of_a_tier),
+        (TieringOffloadingManager, SplitLookups, ["lookup", "on_new_request", "on_schedule_end"]),
+        (
+            SecondaryTierManager,
+            PeerTier,
+            [*of_a_tier, "on_new_request", "on_request_finished", "on_schedule_end"],
+        ),
         (
             SecondaryTierManager,
             VaultTier,
@@ -116,6 +123,40 @@ def test_a_request_waits_whatever_is_missed_behind_a_later() -> None:
         _events_tracker=SimpleNamespace(record_lookup=lambda *_: None),
     )
     assert theirs._maximal_prefix_lookup(keys, None, None, None, 0) is None
+
+
+def test_a_tail_is_looked_up_behind_a_head_that_comes_later() -> None:
+    """A split's tail is fetched while its head is waited for: "later" does not end the search."""
+    keys = [make_offload_key(bytes([at]) * 32, 0) for at in range(4)]
+    answers = iter([LookupResult.RETRY, LookupResult.RETRY, LookupResult.HIT_PENDING])
+    theirs = object.__new__(scheduler.OffloadingConnectorScheduler)
+    vars(theirs).update(manager=SimpleNamespace(lookup=lambda *_: next(answers)))
+    assert theirs._maximal_prefix_lookup(keys[:3], None, None, None, 0) is None
+    assert not list(answers)
+
+
+def test_a_tier_hears_of_a_requests_end_when_its_blocks_are_in_host_memory() -> None:
+    """So that what a peer's request has not stored by then will not come."""
+    source = inspect.getsource(TieringOffloadingManager._maybe_finalize_request)
+    waits = source.index("if state.pending_primary_stores != 0:\n            return")
+    assert waits < source.index("tier.on_request_finished(state.req_context)")
+
+
+def test_a_split_is_not_looked_up_in_each_step() -> None:
+    """In between a step ends at once, and waits on, even past its deadline: only a whole look may
+    say that what has come by then is all. Models of several groups are looked at in each step."""
+    manager = object.__new__(Tiers)
+    manager._doomed, manager._step, manager.one_group = set(), 0, True
+    context = ReqContext("r", {DEADLINE: 0.0})
+    context.set_state(Head(64))
+    keys = [make_offload_key(bytes([at]) * 32, 0) for at in range(3)]
+    assert [manager._between_looks(key, context) for key in keys] == [None] * 3
+    manager._step = 1
+    assert manager.lookup(keys[0], context) is LookupResult.RETRY
+    assert manager.lookup(keys[1], context) is LookupResult.MISS
+    manager._step, manager.one_group = 2, False
+    assert manager._between_looks(keys[0], context) is None
+    assert manager._between_looks(keys[0], ReqContext("not split")) is None
 
 
 def test_the_shared_region_keeps_its_name_and_its_creator() -> None:

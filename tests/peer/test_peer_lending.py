@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
@@ -15,6 +15,7 @@ from tests.waiting import await_that
 from workers import curve
 from workers.curve import ClientKeys
 from workers.errors import PeerLostError
+from workers.peer import server as servers
 from workers.peer import session as sessions
 from workers.peer import wire
 from workers.peer.fetch import fetch
@@ -127,6 +128,46 @@ def test_nothing_is_lent_under_one_number_twice(
         session.tell(wire.Done(7))
         session.tell(wire.Done(7))
         await_that(lambda: rows.out == 0, "given back")
+
+
+def test_a_reader_hears_when_what_it_waits_for_has_ended(
+    near: tuple[PeerServer, Rows, memoryview], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the request that it named alone; and not if it ended while the answer was made, since a
+    block may have come just then."""
+    server, rows, _ = near
+    missing = rows._rows.pop(key(3))
+
+    def found(session: Session, work: str) -> wire.Found:
+        number = session.number()
+        session.tell(wire.Find(number, (key(2), key(3)), work))
+        return session.answer(wire.Found, number, time.monotonic() + 5)
+
+    with connected(server.address) as session:
+        server.end("another")
+        assert found(session, "work") == wire.Found(0, (True, False))
+        here = rows.here
+
+        def ends_meanwhile(keys: Sequence[bytes]) -> tuple[bool, ...]:
+            told = here(keys)
+            rows._rows[key(3)] = missing
+            server.end("work")
+            return told
+
+        monkeypatch.setattr(rows, "here", ends_meanwhile)
+        assert found(session, "work") == wire.Found(1, (True, False))
+        assert found(session, "work") == wire.Found(2, (True, True), ended=True)
+        assert found(session, "") == wire.Found(3, (True, True))
+
+
+def test_the_oldest_ends_are_forgotten(
+    near: tuple[PeerServer, Rows, memoryview], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lender's memory does not grow with each request."""
+    monkeypatch.setattr(servers, "_MOST_WORKS", 3)
+    for number in range(10):
+        near[0].end(f"r{number}")
+    assert list(near[0]._works) == ["r7", "r8", "r9"]
 
 
 def test_what_changed_since_its_checksum_does_not_come(

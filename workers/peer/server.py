@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 # However long a reader asks for.
 MOST_LEASE_S = 30.0
 _BACKLOG = 10_000
+# Readers ask for what a request computes until it has ended, and for a moment longer.
+_MOST_WORKS = 10_000
 
 
 class Lender(Protocol):
@@ -64,6 +66,8 @@ class PeerServer:
         self._welcome = wire.Welcome(self._window.metadata, self._window.base, row_bytes, rows)
         self._loans: dict[tuple[bytes, int], tuple[Loan, asyncio.TimerHandle]] = {}
         self.lent_bytes = 0
+        # Requests that have ended, the oldest first.
+        self._works: dict[str, None] = {}
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._configure()
@@ -85,6 +89,12 @@ class PeerServer:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._ended.set)
             self._thread.join()
+
+    def end(self, work: str) -> None:
+        """A request has ended, and all that it computed is in the host tier. On one thread."""
+        self._works[work] = None
+        if len(self._works) > _MOST_WORKS:
+            self._works.pop(next(iter(self._works)))
 
     # ------------------------------------------------------------------ the server's thread
 
@@ -141,12 +151,18 @@ class PeerServer:
             case wire.Hello():
                 complaint = self._complaint(question)
                 self._send(reader, wire.Denied(complaint) if complaint else self._welcome)
-            case wire.Find(number=number, keys=keys):
-                self._send(reader, wire.Found(number, self._lender.here(keys[: wire.MOST_KEYS])))
+            case wire.Find():
+                self._find(reader, question)
             case wire.Get():
                 self._lend(reader, question)
             case wire.Done(number=number):
                 self._end(reader, number)
+
+    def _find(self, reader: bytes, find: wire.Find) -> None:
+        # First: what is not there after the end never will be.
+        ended = find.work in self._works
+        here = self._lender.here(find.keys[: wire.MOST_KEYS])
+        self._send(reader, wire.Found(find.number, here, ended))
 
     def _complaint(self, hello: wire.Hello) -> str:
         if hello.version != wire.PEER_VERSION:

@@ -26,17 +26,17 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kv.head import Head
 from kv.offload_disk import layout_of, tag_of
 from kv.offload_host import HostTier
 from workers.curve import ClientKeys
-from workers.errors import PeerLostError
-from workers.peer import wire
 from workers.peer.fetch import Wanted, fetch
 from workers.peer.keys import PeerKeys
 from workers.peer.line import Line
+from workers.peer.question import Finding, Question
 from workers.peer.server import PeerServer
 from workers.peer.session import Session
-from workers.tiers import peer_of
+from workers.tiers import PeerHint, peer_of
 
 logger = init_logger(__name__)
 
@@ -45,67 +45,6 @@ logger = init_logger(__name__)
 FORGOTTEN_S = 60.0
 # Peers that were asked and may be asked again; an ended replica's address never comes back.
 _MOST_LINES = 256
-
-
-class Question:
-    """What one request wants to know of its peer, and how long it waits in all."""
-
-    def __init__(self, line: Line, timeout_s: float) -> None:
-        self.line, self._timeout_s = line, timeout_s
-        self._deadline_s: float | None = None
-        self.answers: dict[bytes, bool | None] = {}
-        self.unsent: list[bytes] = []
-        self.failed = False
-
-    @property
-    def deadline_s(self) -> float:
-        """From the first time that it is asked for: a request may have queued before."""
-        if self._deadline_s is None:
-            self._deadline_s = time.monotonic() + self._timeout_s
-        return self._deadline_s
-
-    def look(self, key: OffloadKey) -> LookupResult:
-        """Whether the peer has a block; RETRY while it has not said."""
-        if self.line.resting:
-            self.failed = True
-        elif key not in self.answers:
-            self.answers[key] = None
-            self.unsent.append(key)
-        here = self.answers.get(key)
-        if time.monotonic() >= self.deadline_s:
-            self.failed = True
-            if here is None:
-                self.line.rest("no answer in time")
-        if self.failed:
-            return LookupResult.MISS
-        if here is None:
-            return LookupResult.RETRY
-        return LookupResult.HIT if here else LookupResult.MISS
-
-
-class Finding:
-    """The job of asking which blocks a peer has."""
-
-    def __init__(self, question: Question, keys: list[bytes]) -> None:
-        self._question, self._keys = question, keys
-        self.deadline_s = question.deadline_s
-
-    def over(self) -> bool:
-        return self._question.failed
-
-    def run(self, session: Session) -> None:
-        for at in range(0, len(self._keys), wire.MOST_KEYS):
-            keys = tuple(self._keys[at : at + wire.MOST_KEYS])
-            number = session.number()
-            session.tell(wire.Find(number, keys))
-            here = session.answer(wire.Found, number, self.deadline_s).here
-            if len(here) != len(keys):
-                raise PeerLostError(session.address, f"{len(here)} answers for {len(keys)} blocks")
-            # At once: what is not answered is asked for meanwhile.
-            self._question.answers.update(zip(keys, here, strict=True))
-
-    def fail(self) -> None:
-        self._question.failed = True
 
 
 class Load:
@@ -260,18 +199,33 @@ class PeerTier(SecondaryTierManager):
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         hint = peer_of(req_context.kv_transfer_params)
         if hint is not None and self._keys is not None and hint.address != self._own_address:
-            timeout_s = min(self._timeout_s, hint.timeout_s or self._timeout_s)
-            req_context.set_state(Question(self._line(hint.address), timeout_s))
+            req_context.set_state(self._question(hint, req_context))
         return RequestOffloadingContext()
+
+    def _question(self, hint: PeerHint, req_context: ReqContext) -> Question:
+        line, timeout_s = self._line(hint.address), hint.timeout_s or self._timeout_s
+        if req_context.get_state(Head) is None:
+            return Question(line, min(self._timeout_s, timeout_s), self._timeout_s)
+        return Question(line, timeout_s, self._timeout_s, req_context.req_id)
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        # What it computed is in the host tier now, or never will be.
+        if self.server is not None:
+            self.server.end(req_context.req_id)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         question = req_context.get_state(Question)
         if question is None or question.failed or self._is_forgotten(req_context):
             return LookupResult.MISS
-        found = question.look(key)
+        head = req_context.get_state(Head)
+        if head is not None and not head.is_peers(key, req_context.get_offload_key_position(key)):
+            return LookupResult.MISS
+        here = question.look(key)
         if question.unsent and question not in self._asking:
             self._asking.append(question)
-        return found
+        if here is None:
+            return LookupResult.RETRY
+        return LookupResult.HIT if here else LookupResult.MISS
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         asking, self._asking = self._asking, []

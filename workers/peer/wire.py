@@ -1,15 +1,15 @@
 """What two replicas say to each other about blocks; the blocks themselves are read over NIXL.
 
-A reader asks what is there (`Find`), and for a loan of what it is about to read (`Get`). Rows that
-are lent stay as they are until the reader says `Done` or the loan's time is over, whichever is
-first. Keys are the tiers' own: vLLM's salted hashes, with the group.
+A reader asks what is there, or will be (`Find`), and for a loan of what it is about to read
+(`Get`). Rows that are lent stay as they are until the reader says `Done` or the loan's time is
+over, whichever is first. Keys are the tiers' own: vLLM's salted hashes, with the group.
 """
 
 import msgspec
 
 from workers.errors import WireError
 
-PEER_VERSION = 1
+PEER_VERSION = 2
 # Keys of one question: a prompt of 32,768 tokens in blocks of 32.
 MOST_KEYS = 1024
 MOST_MESSAGE_BYTES = 1 << 20
@@ -24,10 +24,12 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Find(msgspec.Struct, frozen=True, tag="find"):
-    """Which of these blocks are in the host tier?"""
+    """Which of these blocks are in the host tier? `work` is the id of the request that computes
+    them there; empty if none does."""
 
     number: int
     keys: tuple[bytes, ...]
+    work: str = ""
 
 
 class Get(msgspec.Struct, frozen=True, tag="get"):
@@ -63,10 +65,11 @@ class Denied(msgspec.Struct, frozen=True, tag="denied"):
 
 
 class Found(msgspec.Struct, frozen=True, tag="found"):
-    """For each key of `Find`: whether it is there."""
+    """For each key of `Find`: whether it is there. `ended`: its work has, and brings no more."""
 
     number: int
     here: tuple[bool, ...]
+    ended: bool = False
 
 
 class Place(msgspec.Struct, frozen=True):

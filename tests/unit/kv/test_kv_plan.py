@@ -160,6 +160,7 @@ def test_words_on_the_wire_are_stable() -> None:
         "cheaper_local",
         "cheaper_remote",
         "cheaper_fetch",
+        "overlap",
         "no_prefill_replica",
         "no_catalogue",
         "session",

@@ -45,7 +45,13 @@ sources = st.builds(Sources, *[counts] * len(Sources.__struct_fields__))
 spent = st.builds(Spent, seconds, seconds, seconds, counts, counts)
 tiers = st.sampled_from(Tier)
 hints = st.builds(
-    Hints, st.none() | counts, st.lists(tiers, max_size=3).map(tuple), st.none() | seconds
+    Hints,
+    st.none() | counts,
+    st.lists(tiers, max_size=3).map(tuple),
+    st.none() | seconds,
+    st.none() | text,
+    counts,
+    seconds,
 )
 deltas = st.builds(
     Delta,

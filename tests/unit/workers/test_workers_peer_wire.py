@@ -18,6 +18,7 @@ SECRET = bytes(range(32))
 QUESTIONS: list[wire.Question] = [
     wire.Hello(1, "f" * 24),
     wire.Find(2, (b"k" * 36, b"")),
+    wire.Find(2, (b"k" * 36,), "request.0"),
     wire.Get(3, (b"k" * 36,), 1.5),
     wire.Done(3),
 ]
@@ -25,6 +26,7 @@ REPLIES: list[wire.Reply] = [
     wire.Welcome(b"\0metadata", 1 << 47, 4096, 256),
     wire.Denied("another version"),
     wire.Found(2, (True, False)),
+    wire.Found(2, (True, False), ended=True),
     wire.Lent(3, (wire.Place(7, (1 << 64) - 1), None)),
 ]
 

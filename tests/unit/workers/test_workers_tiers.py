@@ -5,6 +5,7 @@ import pytest
 
 from kv.catalogue import Tier
 from kv.codecs.codec import CodecName
+from kv.head import Head, head_of
 from kv.plan import UNHINTED, Hints
 from workers.connector import KEEP_FOR_DECODE, transfer_config
 from workers.messages import Keep, Role
@@ -105,6 +106,16 @@ def test_a_plan_s_hints_are_in_vllms_words() -> None:
     lent = with_hints(None, "", Hints(96, (Tier.PEER,), 0.5, "tcp://10.0.0.1:5"))
     assert peer_of(lent) == PeerHint("tcp://10.0.0.1:5", 0.5)
     assert lent["kv_load_tiers"] == [{"medium": "CPU", "locality": "REMOTE"}]
+
+
+def test_a_split_waits_for_its_head_as_long_as_the_plan_says() -> None:
+    """The peer is asked for the head alone, the tail's tier for the rest, each by its own time."""
+    hints = Hints(96, (Tier.VAULT,), 5.0, "tcp://10.0.0.1:5", 64, 3.0)
+    told = with_hints(None, "", hints)
+    assert head_of(told) == Head(64)
+    assert peer_of(told) == PeerHint("tcp://10.0.0.1:5", 3.0)
+    assert (told["max_load_tokens"], told["load_deadline_s"]) == (96, 5.0)
+    assert told["kv_load_tiers"] == [{"medium": "STORAGE", "locality": "REMOTE"}]
 
 
 def test_a_peer_comes_last_and_waits_as_long_as_it_is_set() -> None:
