@@ -1,4 +1,4 @@
-"""Carrying a plan out: prefill on P, then decode on D behind its handoff.
+"""Carrying a plan out: prefill on P, then decode on D behind its handoff; in a split both at once.
 
 Whatever happens, P's blocks are either read by D or given back: when a prefill was aborted just
 as it finished, when a client left between the two steps, when D refuses. A D that is lost may only
@@ -13,9 +13,10 @@ from functools import partial
 
 import msgspec
 
-from kv.plan import Plan, Source
+from kv.plan import Plan, Shape, Source
 from router.audit import Record
 from router.fleet import Fleet
+from router.head import computing_head
 from router.member import Member
 from router.request import Request
 from workers.errors import ReplicaLostError
@@ -37,14 +38,20 @@ class Attempt:
 
     @property
     def computes_tokens(self) -> int:
-        """Prompt tokens that the plan has computed, on whichever replica."""
-        spans = (span for span in self.plan.spans if span.source is Source.COMPUTE)
-        return sum(span.end_token - span.start_token for span in spans)
+        """Prompt tokens that the plan has computed, on whichever replica; not a split's head."""
+        *_, last = self.plan.spans
+        computed = (span for span in self.plan.spans if span.source is Source.COMPUTE)
+        return sum(s.end_token - s.start_token for s in computed if s.replica == last.replica)
+
+    @property
+    def prefill(self) -> str | None:
+        """Who hands the prompt off to D; nobody does in a split."""
+        return None if self.plan.shape is Shape.SPLIT else self.plan.prefill
 
     @property
     def replica(self) -> str:
         """Whom it waits for."""
-        prefill = self.plan.prefill if self.in_prefill else None
+        prefill = self.prefill if self.in_prefill else None
         return prefill or self.plan.decode
 
 
@@ -55,13 +62,14 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
     """
     with ExitStack() as expected:
         expected.enter_context(_expecting(fleet, attempt))
+        expected.enter_context(computing_head(fleet, attempt, record))
         handoff = unread = await _handoff(fleet, attempt, record)
         decode: Member | None = None
         try:
             decode = _member(fleet, attempt.plan.decode)
             async with decode.run(_submit(attempt, Role.DECODE, handoff)) as deltas:
-                if attempt.plan.prefill is not None:
-                    prefill = _member(fleet, attempt.plan.prefill)
+                if attempt.prefill is not None:
+                    prefill = _member(fleet, attempt.prefill)
                     expected.enter_context(prefill.read_by(decode, attempt.engine_id))
                 async for delta in deltas:
                     expected.close()  # it has begun: the replica's reports tell
@@ -72,7 +80,7 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
                         fleet.refit.soon(attempt.plan, record)
                     yield _outward(attempt, delta, record)
         except ReplicaLostError as error:
-            if error.replica == attempt.plan.prefill:
+            if error.replica == attempt.prefill:
                 attempt.in_prefill = True  # D gives the blocks back when its read has ended
             elif unread is not None and (decode is None or decode.up):
                 _release(fleet, attempt, unread)
@@ -81,17 +89,17 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
 
 def _expecting(fleet: Fleet, attempt: Attempt) -> AbstractContextManager[None]:
     """D's part in the plan: a stream to come, and the prompt's compute unless P has it."""
-    if attempt.plan.prefill is not None:
+    if attempt.prefill is not None:
         return fleet.expecting(attempt.plan.decode)
     return fleet.expecting(attempt.plan.decode, attempt.computes_tokens, attempt.keys)
 
 
 async def _handoff(fleet: Fleet, attempt: Attempt, record: Record) -> Handoff | None:
-    """What P has for D to take; None for a plan without P."""
-    if attempt.plan.prefill is None:
+    """What P has for D to take; None where nobody hands off."""
+    if attempt.prefill is None:
         return None
     attempt.in_prefill = True
-    handoff = await _prefill(fleet, attempt, attempt.plan.prefill, record)
+    handoff = await _prefill(fleet, attempt, attempt.prefill, record)
     attempt.in_prefill = False
     record.handed_off()
     return handoff

@@ -22,6 +22,7 @@ from cluster.app import engine_options, environment
 from cluster.config import load
 from workers.curve import server_keys
 from workers.messages import Replica, Role
+from workers.peer.keys import peer_keys
 from workers.replica import ReplicaProcess, ReplicaSettings
 from workers.tiers import Tiers
 
@@ -76,6 +77,7 @@ async def _serve(name: str, role: str, model: str, folder: Path, tiers: Tiers) -
         scratch=str(folder),
         probe_s=0.5,
         tiers=tiers,
+        peer_keys=None if tiers.peer is None else peer_keys(SECRET),
     )
     process = await asyncio.to_thread(ReplicaProcess, name, settings)
     serving = asyncio.create_task(process.serve())
