@@ -41,6 +41,7 @@ class Pools:
         self._curves: Mapping[tuple[str, str], LinkCurve] | None = None
         self._links = LinkColumns.of((), (), {})
         self._peers: Mapping[str, str] = {}
+        self._room_tokens: Mapping[str, int] = {}
 
     def touch(self, member: Member) -> None:
         """Something that its row is made of has changed, or it came, or it left."""
@@ -93,6 +94,8 @@ class Pools:
             columns=Columns(names, n_decode, loads, self._links, hit_tokens, tiers),
             blind=found is None,
             peers=self._peers,
+            room_tokens=self._room_tokens,
+            block_tokens=self._block_tokens,
         )
 
     def _held(self, tiers: Mapping[str, Mapping[Tier, int]]) -> dict[int, dict[Tier, int]]:
@@ -136,8 +139,9 @@ class Pools:
         self._epochs = tuple(member.replica.epoch for member in members)
         self._places = {name: place for place, name in enumerate(self._names)}
         self._loads, self._curves = loads_of(self._rows), None
-        lenders = (member for member in members if member.replica.peer_address)
-        self._peers = {member.name: member.replica.peer_address for member in lenders}
+        lenders = [member.replica for member in members if member.replica.peer_address]
+        self._peers = {replica.name: replica.peer_address for replica in lenders}
+        self._room_tokens = {replica.name: replica.room_tokens for replica in lenders}
         # Both are the same on every replica of a cluster.
         self._block_tokens = members[0].replica.block_tokens if members else 1
         self._kv_bytes_per_token = members[0].replica.kv_bytes_per_token if decode else 0

@@ -108,7 +108,8 @@ class Snapshot:
 
     `columns` are the same once more for pricing all plans at once, if whoever makes the snapshot
     keeps them. `blind`: the catalogue did not answer, so that hits of 0 mean nothing. `peers` are
-    the addresses of replicas that lend blocks of their host tiers, by name.
+    the addresses of replicas that lend blocks of their host tiers, by name; `room_tokens` is how
+    much of one prompt each of these takes in from elsewhere. `block_tokens` is 0 where nobody says.
     """
 
     prefill: Sequence[ReplicaView]
@@ -118,6 +119,8 @@ class Snapshot:
     columns: Columns | None = None
     blind: bool = False
     peers: Mapping[str, str] = field(default_factory=dict)
+    room_tokens: Mapping[str, int] = field(default_factory=dict)
+    block_tokens: int = 0
 
     def without(self, names: Collection[str]) -> "Snapshot":
         """The same view less some replicas; the decode replicas stay if no other is there."""

@@ -7,7 +7,8 @@ what is computed twice is paid for twice.
 All plans are priced at once: `local` on each decode replica, then `remote` on each pair, in one
 vector whose order is by shape, decode replica and prefill replica. Of equals the first is taken.
 Whoever computes takes from its own tiers first what is cheaper to fetch (`router.policy.tiers`):
-then a plan is `fetch` or `fetch-remote`.
+then a plan is `fetch` or `fetch-remote`. The best of these is then held against the best `split`
+(`router.policy.split`).
 """
 
 from dataclasses import replace
@@ -32,7 +33,7 @@ from router.columns import (
     Floats,
 )
 from router.errors import NoReplicaError
-from router.policy import peer, tiers
+from router.policy import peer, split, tiers
 from router.policy.question import Question
 from router.policy.session import preferred
 
@@ -120,6 +121,12 @@ def choose(question: Question) -> Plan:
     if question.affinity is not None:
         best = _of_session(question.affinity, question.session_slack, prices, cheapest)
     shape, prefill, decode, ttft_s = prices.described(best)
+    own = None if question.affinity is None else decode  # a session's turns keep to one replica
+    divided = split.better(question, prices.columns, float(prices.cost_s[best]), own)
+    if divided is not None:
+        beaten = Rival(shape, prefill, decode, ttft_s, float(prices.cost_s[best]))
+        rivals = (beaten, *_rivals(prices, best))[:MAX_RIVALS]
+        return split.plan(question, prices.columns, divided, rivals)
     spans = _spans(question.prompt_tokens, prices, best)
     return Plan(
         shape=shape,

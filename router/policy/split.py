@@ -1,0 +1,236 @@
+"""Whether to split a prompt: P computes its head [0, m) while D fetches the tail [m, r).
+
+D takes the head out of P's host tier as it is computed, the tail from a tier of its own or the
+vault, and computes what lies behind r itself. The tail was computed behind the same head, so the
+answer is that of any other plan. Decoding starts when both sides are in: `max(head + handoff,
+tail)` is down to half of the better of the two.
+
+All pairs whose D could fetch a tail are looked at in one pass for each tier (`kv.split`). A head is
+priced as if its last byte left when its last token was computed; its blocks leave as they are
+computed, so it is there a little sooner.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kv.catalogue import Tier
+from kv.fetch import GUESSES
+from kv.plan import Hints, Plan, Reason, Rival, Shape, Source, Span
+from kv.split import Sides, best_split
+from router.columns import (
+    BASE_S,
+    OWN_S,
+    PER_TOKEN2_S,
+    PER_TOKEN_S,
+    QUEUE_S,
+    RUNNING,
+    Columns,
+    Floats,
+    TierColumns,
+)
+from router.policy.question import Question
+
+# A split has to be cheaper by this ratio. It keeps two replicas busy and stands on two predictions,
+# whose median error is to be 15 % each: a lesser gain may as well be a loss.
+LEAST_GAIN = 0.15
+# Plans that cost no more are not split: blocks on their way are asked for every 20 ms, and come
+# an engine's step later.
+LEAST_COST_S = 0.1
+# A side may take so many times as long as predicted before it is given up.
+PATIENCE = 2.0
+# And in any case so long: a head that is predicted to take no time may wait for a step.
+LEAST_PATIENCE_S = 0.25
+
+
+class Split(NamedTuple):
+    """One split. The pair's places are among all replicas; the head is what P computes behind its
+    own `hit_tokens`, the tail what D takes from `tier` up to `reach_tokens`; the same tier would
+    bring the head in `refetch_s`."""
+
+    decode: int
+    prefill: int
+    tier: Tier
+    hit_tokens: int
+    split_tokens: int
+    reach_tokens: int
+    head_s: float
+    refetch_s: float
+    ttft_s: float
+    cost_s: float
+
+
+class _Ends(NamedTuple):
+    """Whom pairs are made of. `decode` and `prefill` are places; by place: the tokens that paged KV
+    and host tier hold, and the seconds to take the latter's out of there. By decode replica: how
+    many tokens it has room for."""
+
+    decode: NDArray[np.intp]
+    prefill: NDArray[np.intp]
+    has_tokens: Floats
+    own_s: Floats
+    room_tokens: Floats
+
+    def with_more(self, tokens: Floats) -> "_Ends":
+        """Those pairs whose decode replica could get more than it has."""
+        more = tokens[self.decode] > self.has_tokens[self.decode]
+        return self._replace(decode=self.decode[more], room_tokens=self.room_tokens[more])
+
+
+class _Priced(NamedTuple):
+    """All splits whose tails come from one tier, (decode, prefill) replicas, but `reach_tokens` and
+    `rest_s` by decode replica. The cost is infinite where a pair cannot split."""
+
+    sides: Sides
+    at: Floats
+    cost_s: Floats
+    reach_tokens: Floats
+    rest_s: Floats
+
+
+def better(
+    question: Question, columns: Columns, cost_s: float, decode: str | None = None
+) -> Split | None:
+    """The cheapest split, if it costs enough less than the best other plan, which costs `cost_s`;
+    of one `decode` replica only, if it is named."""
+    snapshot, tiers = question.snapshot, columns.tiers
+    if question.local_only or snapshot.blind or not snapshot.peers or not snapshot.block_tokens:
+        return None
+    if tiers is None or cost_s <= LEAST_COST_S:
+        return None
+    ends = _ends(question, columns, tiers, decode)
+    found: Split | None = None
+    for place, tier in enumerate(tiers.order):
+        those = ends.with_more(tiers.tokens[place])
+        if tier is not Tier.HOST and those.decode.size and those.prefill.size:
+            split = _cheapest(question, columns.loads, tiers, those, place)
+            if found is None or split.cost_s < found.cost_s:
+                found = split
+    return found if found is not None and found.cost_s < cost_s * (1.0 - LEAST_GAIN) else None
+
+
+def plan(question: Question, columns: Columns, split: Split, rivals: tuple[Rival, ...]) -> Plan:
+    """The plan of a split: its spans are on two replicas."""
+    d, p = columns.names[split.decode], columns.names[split.prefill]
+    h, m, r = split.hit_tokens, split.split_tokens, split.reach_tokens
+    hit = (Span(Source.HIT, 0, h, p),) if h else ()
+    head, tail = Span(Source.COMPUTE, h, m, p), Span(Source.FETCH, m, r, d, split.tier)
+    return Plan(
+        shape=Shape.SPLIT,
+        reason=Reason.OVERLAP,
+        prefill=p,
+        decode=d,
+        spans=(*hit, head, tail, Span(Source.COMPUTE, r, question.prompt_tokens, d)),
+        predicted_ttft_s=split.ttft_s,
+        cost_s=split.cost_s,
+        rivals=rivals,
+        hints=_hints(question.snapshot.peers[p], split),
+    )
+
+
+def _hints(address: str, split: Split) -> Hints:
+    """D's. The head is waited for until it is surely late, then for as long as the tail's tier may
+    take to bring it instead."""
+    head_deadline_s = LEAST_PATIENCE_S + PATIENCE * split.head_s
+    return Hints(
+        reach_tokens=split.reach_tokens,
+        tiers=(split.tier,),
+        deadline_s=head_deadline_s + LEAST_PATIENCE_S + PATIENCE * split.refetch_s,
+        peer=address,
+        head_tokens=split.split_tokens,
+        head_deadline_s=head_deadline_s,
+    )
+
+
+def _ends(question: Question, columns: Columns, tiers: TierColumns, decode: str | None) -> _Ends:
+    """Both need the peer tier, and D room for what it takes in."""
+    snapshot, names, n_decode = question.snapshot, columns.names, columns.n_decode
+    lends = [place for place, name in enumerate(names) if name in snapshot.peers]
+    wanted = (place for place in lends if place < n_decode and decode in (None, names[place]))
+    rooms = {place: snapshot.room_tokens.get(names[place], 0) for place in wanted}
+    ds = [place for place, room in rooms.items() if room]
+    ps = [place for place in lends if place >= n_decode]
+    has, own_s = np.minimum(columns.hit_tokens, question.prompt_tokens - 1), np.zeros(len(names))
+    if Tier.HOST in tiers.order:
+        host = tiers.order.index(Tier.HOST)
+        more = np.maximum(np.minimum(tiers.tokens[host], question.prompt_tokens - 1) - has, 0.0)
+        moving_s = tiers.per_byte_s[host] * more * snapshot.kv_bytes_per_token
+        own_s = np.where(more > 0.0, tiers.latency_s[host] + moving_s, 0.0)
+        has = has + more
+    room = np.array([float(rooms[place]) for place in ds])
+    return _Ends(np.array(ds, np.intp), np.array(ps, np.intp), has, own_s, room)
+
+
+def _cheapest(
+    question: Question, loads: Floats, tiers: TierColumns, ends: _Ends, place: int
+) -> Split:
+    """The cheapest split whose tail comes from the tier at `place`."""
+    priced = _priced(question, loads, tiers, ends, place)
+    i, j = map(int, np.unravel_index(int(priced.cost_s.argmin()), priced.cost_s.shape))
+    d, p = int(ends.decode[i]), int(ends.prefill[j])
+    head_s = float(priced.sides.head(priced.at)[i, j])
+    slower_s = max(head_s, float(priced.sides.tail(priced.at)[i, j]))
+    head_bytes = (priced.at[i, j] - ends.has_tokens[d]) * question.snapshot.kv_bytes_per_token
+    return Split(
+        decode=d,
+        prefill=p,
+        tier=tiers.order[place],
+        hit_tokens=int(ends.has_tokens[p]),
+        split_tokens=int(priced.at[i, j]),
+        reach_tokens=int(priced.reach_tokens[i]),
+        head_s=head_s,
+        refetch_s=float(tiers.latency_s[place, d] + tiers.per_byte_s[place, d] * head_bytes),
+        ttft_s=slower_s + float(priced.rest_s[i]),
+        cost_s=float(priced.cost_s[i, j]),
+    )
+
+
+def _priced(
+    question: Question, loads: Floats, tiers: TierColumns, ends: _Ends, place: int
+) -> _Priced:
+    n, block, price = question.prompt_tokens, question.snapshot.block_tokens, question.compute_price
+    of_d, of_p = loads[:, ends.decode], loads[:, ends.prefill]
+    has_d, has_p = ends.has_tokens[ends.decode], ends.has_tokens[ends.prefill]
+    reach = np.floor(np.minimum(tiers.tokens[place, ends.decode], n - 1) / block) * block
+    sides = _sides(question, loads, tiers, ends, place, reach)
+    # At least a block is computed by P, and a block fetched.
+    low = np.floor(np.maximum(has_d[:, None], has_p) / block) * block + block
+    high = np.broadcast_to((reach - block)[:, None], low.shape)
+    at = best_split(sides, low, high, block)
+    rest_s = _compute_s(of_d, n, reach) + ends.own_s[ends.decode]
+    # Streams on D stall while it computes the rest.
+    weight = 1.0 + price + np.maximum(of_d[RUNNING], question.assumed_streams)
+    beside_s = weight * rest_s + of_d[OWN_S] - of_d[QUEUE_S]
+    cost_s = sides.cost(at) + beside_s[:, None] + price * _compute_s(of_p, 0.0, has_p)
+    cost_s[(low > high) | (reach - has_d > ends.room_tokens)[:, None]] = np.inf
+    return _Priced(sides, at, cost_s, reach, rest_s)
+
+
+def _sides(
+    question: Question, loads: Floats, tiers: TierColumns, ends: _Ends, place: int, reach: Floats
+) -> Sides:
+    """Seconds as the split moves; the tail's begin behind what D computes for others."""
+    d, p, token_bytes = ends.decode, ends.prefill, question.snapshot.kv_bytes_per_token
+    peer_s = GUESSES[Tier.PEER].per_byte_s * token_bytes
+    tier_s = (tiers.per_byte_s[place, d] * token_bytes)[:, None]
+    begin_s = loads[QUEUE_S, p] + ends.own_s[p] + _compute_s(loads[:, p], 0.0, ends.has_tokens[p])
+    handoff_s = GUESSES[Tier.PEER].latency_s - peer_s * ends.has_tokens[d]
+    tail_s = loads[QUEUE_S, d] + tiers.latency_s[place, d]
+    return Sides(
+        head_s=begin_s + handoff_s[:, None],
+        head_per_token_s=loads[PER_TOKEN_S, p] + peer_s,
+        head_per_token2_s=loads[PER_TOKEN2_S, p],
+        tail_s=tail_s[:, None] + tier_s * reach[:, None],
+        tail_per_token_s=tier_s,
+        price_per_token_s=question.compute_price * loads[PER_TOKEN_S, p],
+        price_per_token2_s=question.compute_price * loads[PER_TOKEN2_S, p],
+    )
+
+
+def _compute_s(loads: Floats, end: "int | float | Floats", behind: Floats) -> Floats:
+    """Seconds to prefill from `behind` to `end`; from token 0, less what it takes to get `behind`,
+    where that comes first."""
+    seconds: Floats = loads[BASE_S] + loads[PER_TOKEN_S] * (end - behind)
+    seconds += loads[PER_TOKEN2_S] * (end * end - behind * behind)
+    return seconds
