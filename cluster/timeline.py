@@ -23,6 +23,7 @@ _WHY = {
     Reason.CHEAPER_LOCAL: "computing where it is answered costs less than the best handoff",
     Reason.CHEAPER_REMOTE: "computing on a prefill replica costs less, handoff included",
     Reason.CHEAPER_FETCH: "taking a prefix from tiers costs less than computing it",
+    Reason.OVERLAP: "computing the head while the tail is fetched costs less than either alone",
     Reason.NO_PREFILL_REPLICA: "no prefill replica was routable",
     Reason.NO_CATALOGUE: "nobody could say what is cached where",
     Reason.SESSION: "about as cheap as the best, and where this session's other turns go",

@@ -48,6 +48,7 @@ async def _compute(fleet: Fleet, attempt: "Attempt", record: Record) -> None:
             async with prefill.run(_submit(attempt, head)) as deltas:
                 async for delta in deltas:
                     record.prefill_sources = delta.sources or record.prefill_sources
+                    record.prefill_spent = delta.spent or record.prefill_spent
     except WorkerError as error:
         logger.info("%s goes on without its head: %s", attempt.engine_id, error)
 

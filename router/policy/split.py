@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kv.catalogue import Tier
 from kv.fetch import GUESSES
+from kv.parts import Action, Part, in_turn
 from kv.plan import Hints, Plan, Reason, Rival, Shape, Source, Span
 from kv.split import Sides, best_split
 from router.columns import (
@@ -47,7 +48,7 @@ LEAST_PATIENCE_S = 0.25
 class Split(NamedTuple):
     """One split. The pair's places are among all replicas; the head is what P computes behind its
     own `hit_tokens`, the tail what D takes from `tier` up to `reach_tokens`; the same tier would
-    bring the head in `refetch_s`."""
+    bring the head in `refetch_s`. Both sides are in at D after `in_s`."""
 
     decode: int
     prefill: int
@@ -56,6 +57,7 @@ class Split(NamedTuple):
     split_tokens: int
     reach_tokens: int
     head_s: float
+    in_s: float
     refetch_s: float
     ttft_s: float
     cost_s: float
@@ -126,7 +128,20 @@ def plan(question: Question, columns: Columns, split: Split, rivals: tuple[Rival
         cost_s=split.cost_s,
         rivals=rivals,
         hints=_hints(question.snapshot.peers[p], split),
+        parts=_parts(columns, split),
     )
+
+
+def _parts(columns: Columns, split: Split) -> tuple[Part, ...]:
+    """P's seconds, the head's way to D included, beside D's, whose fetch ends when both are in."""
+    d, p = columns.names[split.decode], columns.names[split.prefill]
+    d_queue_s, p_queue_s = (
+        float(columns.loads[QUEUE_S, at]) for at in (split.decode, split.prefill)
+    )
+    head = (Action.QUEUE, p, p_queue_s), (Action.COMPUTE, p, split.head_s - p_queue_s)
+    tail = (Action.QUEUE, d, d_queue_s), (Action.FETCH, d, split.in_s - d_queue_s)
+    rest = (Action.COMPUTE, d, split.ttft_s - split.in_s)
+    return (*in_turn(head), *in_turn((*tail, rest)))
 
 
 def _hints(address: str, split: Split) -> Hints:
@@ -170,7 +185,7 @@ def _cheapest(
     i, j = map(int, np.unravel_index(int(priced.cost_s.argmin()), priced.cost_s.shape))
     d, p = int(ends.decode[i]), int(ends.prefill[j])
     head_s = float(priced.sides.head(priced.at)[i, j])
-    slower_s = max(head_s, float(priced.sides.tail(priced.at)[i, j]))
+    in_s = max(head_s, float(priced.sides.tail(priced.at)[i, j]))
     head_bytes = (priced.at[i, j] - ends.has_tokens[d]) * question.snapshot.kv_bytes_per_token
     return Split(
         decode=d,
@@ -180,8 +195,9 @@ def _cheapest(
         split_tokens=int(priced.at[i, j]),
         reach_tokens=int(priced.reach_tokens[i]),
         head_s=head_s,
+        in_s=in_s,
         refetch_s=float(tiers.latency_s[place, d] + tiers.per_byte_s[place, d] * head_bytes),
-        ttft_s=slower_s + float(priced.rest_s[i]),
+        ttft_s=in_s + float(priced.rest_s[i]),
         cost_s=float(priced.cost_s[i, j]),
     )
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kv.catalogue import Tier
 from kv.curve import LinkCurve, PrefillCurve
 from kv.fetch import GUESSES
+from kv.parts import Action
 from kv.plan import Plan, Reason, Shape, Source, Span
 from router.columns import Columns
 from router.policy import split
@@ -219,3 +220,18 @@ def test_a_session_is_split_on_its_own_replica() -> None:
         own = replace(made, affinity=session)
         assert choose(own).shape is Shape.SPLIT
         assert choose(own).decode == unsplit(own).decode
+
+
+def test_parts_of_a_split_overlap() -> None:
+    """P's begin with the plan and end when the head is at D; D's fetch ends when both sides are in,
+    and what it computes behind them ends with the first token."""
+    busy = {"queued_prefills": 1, "queued_tokens": 100}
+    plan = choose(asked(2080, [busy], [vault(2048)]))
+    assert plan.shape is Shape.SPLIT
+    prefill = [part for part in plan.parts if part.replica == plan.prefill]
+    decode = [part for part in plan.parts if part.replica == plan.decode]
+    assert [part.action for part in prefill] == [Action.QUEUE, Action.COMPUTE]
+    assert [part.action for part in decode] == [Action.FETCH, Action.COMPUTE]
+    assert prefill[0].start_s == decode[0].start_s == 0.0
+    assert prefill[-1].end_s <= decode[0].end_s * (1 + 1e-9)
+    assert decode[-1].end_s == pytest.approx(plan.predicted_ttft_s)
