@@ -235,6 +235,21 @@ async def waiting_is_told_apart_from_computing(stage: Stage) -> None:
     await _close(prefill, decode)
 
 
+async def a_prefill_that_lends_keeps_no_lease(stage: Stage) -> None:
+    """A split's head: one token and sources, no handoff, and nothing that somebody has to end."""
+    prefill, decode = await _sides(stage)
+    ask = Submit("h0", Role.PREFILL, stage.prompt(13), stage.body(6), lends=True)
+    last = (await prefill.run(ask))[-1]
+    assert last.finish_reason == "length"
+    assert len(last.token_ids) == 1
+    assert last.handoff is None
+    assert last.sources is not None
+    assert last.sources.computed_tokens == len(ask.tokens) // TOKEN_BYTES
+    await _close(prefill, decode)
+    told = [reply for reply in prefill.heard.replies if isinstance(reply, Load)]
+    assert not any(load.leased for load in told)
+
+
 async def an_abort_frees(stage: Stage) -> None:
     """An aborted stream says no more and frees its pages."""
     _, decode = sides = await _sides(stage)
@@ -444,6 +459,7 @@ BEHAVIOURS: tuple[Callable[[Stage], Awaitable[None]], ...] = (
     a_handoff_gives_the_same_tokens,
     the_first_delta_tells_the_seconds,
     waiting_is_told_apart_from_computing,
+    a_prefill_that_lends_keeps_no_lease,
     an_abort_frees,
     a_release_ends_the_lease,
     an_abort_before_the_read_ends_the_lease,

@@ -65,13 +65,16 @@ class Prefill:
         self.engine = self._new()
 
     def alive(self) -> SplittingEngine:
-        process = self.engine.process
-        if process.poll() is not None:
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+        if self.engine.process.poll() is not None:
+            self.end()
             self.engine = self._new()
         return self.engine
+
+    def end(self) -> None:
+        self.engine.kill()
+        for pipe in (self.engine.process.stdin, self.engine.process.stdout):
+            if pipe is not None:
+                pipe.close()
 
     def send(self, number: signal.Signals) -> None:
         self.engine.process.send_signal(number)
@@ -88,7 +91,7 @@ def prefills(tiny_model: Path, folder: Path) -> Iterator[Prefill]:
     try:
         yield made
     finally:
-        made.engine.kill()
+        made.end()
 
 
 class Split:
