@@ -16,7 +16,7 @@ _NAMES = {
     Action.COMPUTE: "compute",
     Action.HANDOFF: "handoff",
     Action.STEP: "first step",
-    Action.REST: "not told apart",
+    Action.REST: "other",
 }
 _WHY = {
     Reason.ONLY_REPLICA: "nothing else was routable",
@@ -209,7 +209,7 @@ def _tokens(entry: Entry) -> Iterator[str]:
         moved = ", ".join(f"{size / 1e6:.1f} MB {source}" for source, size in by_source.items())
         yield f"moved to {_replica(entry, role)}: {moved}"
     if entry.engine_s is not None:
-        yield f"engines computed {_s(entry.engine_s)} for the prompt"
+        yield f"engines were computing the prompt for {_s(entry.engine_s)}"
 
 
 def _replica(entry: Entry, role: str) -> str:

@@ -71,7 +71,7 @@ def test_a_recorded_request_is_a_timeline(
         "1.500 s    2.250 s  rival   local on decode-0 (+157 %)",
         "tokens at prefill-0: 488 computed, 64 device, 448 host",
         "moved to prefill-0: 20.6 MB host",
-        "engines computed 0.562 s",
+        "engines were computing the prompt for 0.562 s",
         "furthest off: queue at prefill-0, +0.125 s",
     ):
         assert words in shown
