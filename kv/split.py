@@ -55,7 +55,7 @@ def best_split(sides: Sides, low: Floats, high: Floats, block_tokens: int) -> Fl
     earlier of two that cost the same. It means nothing where `high` is below `low`."""
     meets = np.minimum(_meets(sides), _turns(sides))
     # Below the first boundary the first is the best; the last likewise.
-    meets = np.clip(meets, low, np.maximum(low, high))
+    meets = np.minimum(np.maximum(meets, low), high)
     before = np.floor(meets / block_tokens) * block_tokens
     behind = np.minimum(before + block_tokens, high)
     return np.where(sides.cost(behind) < sides.cost(before), behind, before)

@@ -182,7 +182,7 @@ def _cheapest(
 ) -> Split:
     """The cheapest split whose tail comes from the tier at `place`."""
     priced = _priced(question, loads, tiers, ends, place)
-    i, j = map(int, np.unravel_index(int(priced.cost_s.argmin()), priced.cost_s.shape))
+    i, j = divmod(int(priced.cost_s.argmin()), len(ends.prefill))
     d, p = int(ends.decode[i]), int(ends.prefill[j])
     head_s = float(priced.sides.head(priced.at)[i, j])
     in_s = max(head_s, float(priced.sides.tail(priced.at)[i, j]))
@@ -212,7 +212,7 @@ def _priced(
     sides = _sides(question, loads, tiers, ends, place, reach)
     # At least a block is computed by P, and a block fetched.
     low = np.floor(np.maximum(has_d[:, None], has_p) / block) * block + block
-    high = np.broadcast_to((reach - block)[:, None], low.shape)
+    high = (reach - block)[:, None]
     at = best_split(sides, low, high, block)
     rest_s = _compute_s(of_d, n, reach) + ends.own_s[ends.decode]
     # Streams on D stall while it computes the rest.
