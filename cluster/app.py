@@ -14,6 +14,7 @@ from kv.fingerprint import fingerprint, folder_identity
 from router.settings import AuditPlace, IngressSettings
 from workers.curve import server_keys
 from workers.messages import Role
+from workers.node import OF_NODE
 from workers.peer.keys import peer_keys
 from workers.replica import ReplicaSettings
 from workers.tiers import Tiers, VaultDisk
@@ -40,18 +41,21 @@ def build(
     scratch: Path,
     secret: bytes,
     restarts: Mapping[str, int],
+    beside: Mapping[str, float],
 ) -> Application:
     """The Serve application: ingress, catalogue, prefill pool, decode pool, and the vault.
 
     Deployed again, Serve replaces the replicas of those pools whose count in `restarts` grew.
+    `beside` are the resources of the node that ingresses and catalogue keep to, unless theirs are
+    configured.
     """
     pools = [
         _engines(config, Role.PREFILL, config.prefill, model, scratch, secret, restarts),
         _engines(config, Role.DECODE, config.decode, model, scratch, secret, restarts),
     ]
     behind = [*pools, _vault(config, secret)]
-    others = [_catalogue(config, secret), *(each for each in behind if each is not None)]
-    return _ingress(config, model, secret, others)
+    others = [_catalogue(config, secret, beside), *(each for each in behind if each is not None)]
+    return _ingress(config, model, secret, beside, others)
 
 
 def engine_options(config: Config, pool: Pool | None) -> dict[str, Any]:
@@ -119,7 +123,11 @@ def _versioned(deployment: serve.Deployment, version: int) -> serve.Deployment:
 
 
 def _ingress(
-    config: Config, model: Path | str, secret: bytes, others: list[Application]
+    config: Config,
+    model: Path | str,
+    secret: bytes,
+    beside: Mapping[str, float],
+    others: list[Application],
 ) -> Application:
     from cluster.deployment import IngressReplica
 
@@ -155,6 +163,7 @@ def _ingress(
         num_replicas=section.replicas,
         ray_actor_options={
             "num_cpus": section.cpus,
+            "resources": dict(section.resources or beside),
             "runtime_env": {"env_vars": environment(config, model, 1)},
         },
         health_check_period_s=_HEALTH_PERIOD_S,
@@ -180,15 +189,20 @@ def _audit(config: Config) -> AuditPlace | None:
     return AuditPlace(str(audit_dir(section.path)), section.file_bytes, section.files)
 
 
-def _catalogue(config: Config, secret: bytes) -> Application:
+def _catalogue(config: Config, secret: bytes, beside: Mapping[str, float]) -> Application:
     from cluster.deployment import CatalogueReplica
 
     section = config.catalogue
+    # Several are for as many nodes.
+    near = {} if section.replicas > 1 else beside
     deployment = serve.deployment(
         CatalogueReplica,
         name="catalogue",
         num_replicas=section.replicas,
-        ray_actor_options={"num_cpus": section.cpus},
+        ray_actor_options={
+            "num_cpus": section.cpus,
+            "resources": dict(section.resources or near),
+        },
         # A second one on a node would only follow the same blocks; it is for the next node.
         max_replicas_per_node=1 if section.replicas > 1 else None,
         health_check_period_s=_HEALTH_PERIOD_S,
@@ -218,7 +232,7 @@ def _vault(config: Config, secret: bytes) -> Application | None:
         VaultReplica,
         name="vault",
         num_replicas=section.shards,
-        ray_actor_options={"num_cpus": section.cpus},
+        ray_actor_options={"num_cpus": section.cpus, "resources": section.resources},
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=5,
@@ -255,9 +269,10 @@ def _resolved(path: str | None) -> str | None:
 
 def _resources(config: Config, pool: Pool, model: Path | str) -> dict[str, Any]:
     env = {"env_vars": environment(config, model, max(1, round(pool.cpus)))}
+    asked = {"num_cpus": pool.cpus, "resources": pool.resources, "runtime_env": env}
     if config.device == "cuda" and config.tensor_parallel(pool) == 1:
-        return {"num_cpus": pool.cpus, "num_gpus": 1, "runtime_env": env}
-    return {"num_cpus": pool.cpus, "runtime_env": env}
+        asked["num_gpus"] = 1
+    return asked
 
 
 def _bundles(config: Config, pool: Pool) -> dict[str, Any]:
@@ -266,7 +281,7 @@ def _bundles(config: Config, pool: Pool) -> dict[str, Any]:
     gpus = config.tensor_parallel(pool)
     if config.device != "cuda" or gpus == 1:
         return {}
-    first = {"CPU": pool.cpus, "GPU": float(gpus)}
+    first = {"CPU": pool.cpus, "GPU": float(gpus), **pool.resources}
     return {"placement_group_bundles": [first], "placement_group_strategy": "STRICT_PACK"}
 
 
@@ -276,10 +291,11 @@ def environment(config: Config, model: Path | str, threads: int) -> dict[str, st
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_CONFIGURE_LOGGING": "0",
-        "VLLM_HOST_IP": config.host,
         # The mirror needs whole hashes; vLLM's default cuts them to 64 bits.
         "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": "0",
     }
+    if config.host != OF_NODE:  # else each process says it (`workers.node`)
+        env["VLLM_HOST_IP"] = config.host
     if isinstance(model, Path):
         env["HF_HUB_OFFLINE"] = "1"
     if config.device == "cpu":

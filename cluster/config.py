@@ -18,7 +18,8 @@ from cluster import tls
 from cluster.errors import ConfigError
 from cluster.home import HOME, default_cache
 from router.policy import Policy
-from workers.tiers import Tiers
+from workers.node import OF_NODE
+from workers.tiers import Resources, Tiers
 
 # Names the Serve application, and the cluster in the directory of replicas.
 APP = "breakeven"
@@ -40,6 +41,7 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     replicas: Count = 1
     cpus: Annotated[float, Meta(gt=0)] = 1.0
+    resources: Resources = {}
     surge: bool = True
     engine: dict[str, Any] = {}
 
@@ -49,6 +51,7 @@ class IngressSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     replicas: Positive = 1
     cpus: Annotated[float, Meta(gt=0)] = 1.0
+    resources: Resources = {}
     host: str = "127.0.0.1"
     port: Port = 8000
     max_requests: Positive = 256
@@ -72,6 +75,7 @@ class CatalogueSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     replicas: Positive = 1
     cpus: Annotated[float, Meta(gt=0)] = 0.5
+    resources: Resources = {}
 
 
 class KvSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -147,8 +151,24 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
         config = msgspec.convert(merged, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(str(path or DEFAULT), str(error)) from error
+    config = _joining(config)
     _check(config, str(path or DEFAULT))
     return config
+
+
+def check_nodes(config: Config, nodes: int) -> None:
+    """Raise `ConfigError` for a `host` that replicas on several Ray nodes cannot share."""
+    if nodes > 1 and config.host != OF_NODE:
+        complaint = f"{config.host} is an address of one machine, and Ray has {nodes} nodes"
+        raise ConfigError("host", f"{complaint}: set host: {OF_NODE}")
+
+
+def _joining(config: Config) -> Config:
+    """With the Ray cluster that the environment names, as Ray itself would take it."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local") or config.ray.address is not None:
+        return config
+    return msgspec.structs.replace(config, ray=msgspec.structs.replace(config.ray, address=address))
 
 
 def admin_key() -> str | None:

@@ -8,6 +8,7 @@ import uuid
 from functools import partial
 from typing import Any
 
+import msgspec
 from ray import serve
 
 from kv.codecs.codec import CodecName
@@ -20,7 +21,7 @@ from router.pauses import freeze_start
 from router.serve_adapter import GcsDirectory, GcsOrders
 from router.settings import IngressSettings
 from router.vault import VaultView
-from workers import announce, logs, serve_port
+from workers import announce, logs, node
 from workers.channel import ChannelLink
 from workers.curve import client_keys, server_keys
 from workers.errors import WorkerError
@@ -39,7 +40,7 @@ class IngressReplica:
         from router.ingress import Ingress
         from workers import options
 
-        serve_port.bind_to(settings.replica_host)
+        here = node.listen_at(settings.replica_host)
         name = f"ingress-{serve.get_replica_context().rank.rank}"
         logs.configure(name)
         try:
@@ -54,7 +55,7 @@ class IngressReplica:
         orders = GcsOrders(cluster, settings.secret)
         keys = client_keys(settings.secret)
         link = partial(ChannelLink, keys=keys)
-        line = CatalogueLine(directory, name, settings.replica_host, keys, now)
+        line = CatalogueLine(directory, name, here, keys, now)
         vault = VaultView(directory)
         ingress = Ingress(name, settings, directory, vault, orders, link, line, args, config)
         self._ingress = ingress
@@ -84,7 +85,7 @@ class CatalogueReplica:
 
     # Serve awaits it.
     async def __init__(self, cluster: str, host: str, secret: bytes) -> None:  # type: ignore[misc]
-        serve_port.bind_to(host)
+        host = node.listen_at(host)
         name = f"catalogue-{serve.get_replica_context().rank.rank}"
         logs.configure(name)
 
@@ -92,13 +93,13 @@ class CatalogueReplica:
             return ChannelLink(replica.address, name, inbox, client_keys(secret), follow=True)
 
         now = asyncio.get_running_loop().time
-        node = CatalogueNode(GcsDirectory(cluster, now), connect, now)
+        known = CatalogueNode(GcsDirectory(cluster, now), connect, now)
         freeze_start()
-        server = CatalogueServer(host, server_keys(secret), node.holdings, node.beat, now)
+        server = CatalogueServer(host, server_keys(secret), known.holdings, known.beat, now)
         seat = Seat(name, uuid.uuid4().hex, server.address, host)
         key = seat_prefix(cluster) + seat.epoch
         self._tasks = [
-            asyncio.create_task(node.watch()),
+            asyncio.create_task(known.watch()),
             asyncio.create_task(server.serve()),
             asyncio.create_task(announce.keep(key, lambda beat: SeatRecord(seat, beat))),
         ]
@@ -124,7 +125,7 @@ class VaultReplica:
 
     # Serve awaits it.
     async def __init__(self, cluster: str, settings: ShardSettings) -> None:  # type: ignore[misc]
-        serve_port.bind_to(settings.host)
+        settings = msgspec.structs.replace(settings, host=node.listen_at(settings.host))
         # A shard that takes a dead one's place takes its name, and with it its blocks on disk.
         rank = serve.get_replica_context().rank.rank
         name = shard_names(rank + 1)[rank]

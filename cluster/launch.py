@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster import local_ray, state, tls, verdicts
@@ -61,11 +61,11 @@ def _start(
 ) -> "_Deploy":
     began = time.monotonic()
     _say(began, "starting Ray")
-    local_ray.start(config, run_dir)
+    beside = local_ray.start(config, run_dir)
     stop.listen()  # Ray has put its own handlers in place of ours
     pools = f"{config.prefill.replicas} prefill, {config.decode.replicas} decode"
     _say(began, f"starting {pools}, {config.ingress.replicas} ingress on {config.device}")
-    deploy = _Deploy(config, model, run_dir)
+    deploy = _Deploy(config, model, run_dir, beside)
     shown_at = time.monotonic()
     while not stop.asked and not _is_ready(config.ingress.url, trust):
         deploy.check(run_dir)
@@ -81,9 +81,12 @@ def _start(
 class _Deploy:
     """Serve's deployment of the app, on a thread of its own, since it blocks until done."""
 
-    def __init__(self, config: Config, model: Path | str, run_dir: Path) -> None:
+    def __init__(
+        self, config: Config, model: Path | str, run_dir: Path, beside: Mapping[str, float]
+    ) -> None:
         self._error: BaseException | None = None
         self._what = (config, model, run_dir / "scratch", secrets.token_bytes(32))
+        self._beside = beside
         self._orders: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -100,7 +103,8 @@ class _Deploy:
         restarts: Counter[str] = Counter()
         while True:
             try:
-                serve.run(app.build(*self._what, restarts), name=APP, route_prefix=None)
+                built = app.build(*self._what, restarts, self._beside)
+                serve.run(built, name=APP, route_prefix=None)
             except BaseException as error:  # `check` raises it during a start; later ones may work
                 self._error = error
                 print(f"deployment failed: {error}", file=sys.stderr, flush=True)

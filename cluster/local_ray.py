@@ -6,16 +6,21 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from cluster import state
-from cluster.config import Config
-from cluster.home import ROOT
+from cluster.config import Config, check_nodes
+from cluster.home import IN_CHECKOUT, ROOT
 
 _STOP_S = 10.0
+# Of a node's own resource, which says where and not how much.
+_A_LITTLE = 0.001
+# Ray sets it for a driver that `ray job submit` brought, with that job's runtime environment.
+RAY_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def prepare(config: Config) -> Path:
@@ -43,8 +48,13 @@ def prepare(config: Config) -> Path:
     return run_dir
 
 
-def start(config: Config, run_dir: Path) -> None:
-    """Start Ray and Serve, on loopback, without Serve's HTTP proxy."""
+def start(config: Config, run_dir: Path) -> Mapping[str, float]:
+    """Start Ray and Serve, on loopback, without Serve's HTTP proxy; or join the Ray cluster that is
+    configured.
+
+    Returns the resources that keep a process on this node, none where Ray has no other. Raises
+    `ConfigError` for a `host` that the nodes cannot share.
+    """
     import ray
     from ray import serve
 
@@ -52,7 +62,12 @@ def start(config: Config, run_dir: Path) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     settings = config.ray
     if settings.address is not None:
-        ray.init(address=settings.address, logging_level="warning", log_to_driver=False)
+        ray.init(
+            address=settings.address,
+            logging_level="warning",
+            log_to_driver=False,
+            runtime_env=_code(),
+        )
     else:
         ray.init(
             num_cpus=_cpus(config),
@@ -66,7 +81,19 @@ def start(config: Config, run_dir: Path) -> None:
             _node_ip_address="127.0.0.1",
             _temp_dir=str(run_dir / "ray"),
         )
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    check_nodes(config, nodes)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    # Ray gives each node a resource of this name.
+    return {f"node:{ray.util.get_node_ip_address()}": _A_LITTLE} if nodes > 1 else {}
+
+
+def _code() -> dict[str, Any] | None:
+    """Where replicas on a Ray cluster that we join find this code: in this checkout's folder, if
+    the job did not bring a folder of its own."""
+    if RAY_JOB_CONFIG in os.environ or not IN_CHECKOUT:
+        return None
+    return {"env_vars": {"PYTHONPATH": str(ROOT)}}
 
 
 def stop(app: str) -> None:

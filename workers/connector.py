@@ -10,6 +10,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from workers.messages import Role
 
 # NIXL's Python API hard-codes a progress-thread delay of 0, which makes an idle agent spin a
@@ -32,14 +34,25 @@ def prepare(host: str, ucx_log: Path, transports: str | None) -> socket.socket:
     os.environ["UCX_LOG_FILE"] = str(ucx_log)
     if transports:
         os.environ["UCX_TLS"] = transports
-    keep_on_loopback(host)
+    keep_on_network(host)
     return reserved
 
 
-def keep_on_loopback(host: str) -> None:
-    """Where `host` is of this machine alone, have UCX's TCP not listen on every network."""
-    if host in LOOPBACK:
-        os.environ.setdefault("UCX_NET_DEVICES", ",".join(["lo", *_rdma_ports()]))
+def keep_on_network(host: str) -> None:
+    """Have UCX's TCP use the network of `host` alone: it listens on every one otherwise, without
+    asking who comes. RDMA ports are used as well. What the environment says is left as it is."""
+    device = "lo" if host in LOOPBACK else device_of(host)
+    if device is not None:
+        os.environ.setdefault("UCX_NET_DEVICES", ",".join([device, *_rdma_ports()]))
+
+
+def device_of(address: str) -> str | None:
+    """The network device of this machine that has an address; None where none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        # A link-local address names its device behind %, a device's second address itself behind :.
+        if any(each.address.partition("%")[0] == address for each in addresses):
+            return name.partition(":")[0]
+    return None
 
 
 def calm_progress_thread(delay_us: int = PROGRESS_DELAY_US) -> None:

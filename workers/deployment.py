@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 
+import msgspec
 from ray import serve
 
-from workers import logs, serve_port
+from workers import logs, node
 from workers.announce import keep_announced, watch_shards
 from workers.errors import WorkerError
 from workers.replica import ReplicaProcess, ReplicaSettings
@@ -16,7 +17,7 @@ class EngineReplica:
 
     # Serve awaits it.
     async def __init__(self, cluster: str, settings: ReplicaSettings) -> None:  # type: ignore[misc]
-        serve_port.bind_to(settings.host)
+        settings = msgspec.structs.replace(settings, host=node.listen_at(settings.host))
         context = serve.get_replica_context()
         name = f"{settings.role}-{context.rank.rank}"
         logs.configure(name)

@@ -15,7 +15,7 @@ import msgspec
 from kv.curve import PrefillSample, fit_prefill
 from workers import connector, lanes
 from workers.curve import ClientKeys, ServerKeys
-from workers.errors import EngineDeadError, EngineStartError
+from workers.errors import EngineDeadError, EngineOptionError, EngineStartError
 from workers.messages import Replica, Role
 from workers.peer.keys import PeerKeys
 from workers.server import ReplicaServer
@@ -75,6 +75,7 @@ class ReplicaProcess:
         began = time.monotonic()
         settings = self._settings
         connector.calm_progress_thread()
+        _check_folder(settings.model, settings.host)
         parsed = options.namespace(settings.model, settings.served_names, settings.engine)
         transfer = connector.transfer_config(
             settings.role, current_platform.device_type, settings.lease_s
@@ -173,3 +174,10 @@ class ReplicaProcess:
         self._engine.stop()
         self._side_channel.close()
         self._ucx_log.unlink(missing_ok=True)
+
+
+def _check_folder(model: str, host: str) -> None:
+    """Raise `EngineOptionError` for a folder that is not there; vLLM would ask the hub for it."""
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        complaint = f"no such folder on node {host}; every node needs the model at this path"
+        raise EngineOptionError(f"model {model}", complaint)

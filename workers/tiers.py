@@ -39,6 +39,9 @@ _MATCHERS = {
     Tier.VAULT: {"medium": "STORAGE", "locality": "REMOTE"},
 }
 
+# What a process asks of Ray's custom resources beside cores, by name.
+Resources = dict[str, Annotated[float, Meta(gt=0)]]
+
 # In a request's kv_transfer_params: which replica has its blocks (`with_peer`).
 PEER = "remote_kv_source"
 # And how they may be stored (`Keep`).
@@ -72,6 +75,7 @@ class Vault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     shards: Annotated[int, Meta(ge=1)] = 1
     cpus: Annotated[float, Meta(gt=0)] = 0.5
+    resources: Resources = {}
     memory_bytes: Annotated[int, Meta(ge=1)]
     disk: VaultDisk | None = None
     ttl_s: Annotated[float, Meta(gt=0)] | None = None

@@ -47,7 +47,7 @@ TIMEOUT_S = 30.0
 def measure(quick: bool) -> list[Row]:
     """Rows of every block size."""
     rows: list[Row] = []
-    connector.keep_on_loopback("127.0.0.1")
+    connector.keep_on_network("127.0.0.1")
     with tempfile.TemporaryDirectory() as folder:
         for name, n_bytes in SIZES.items():
             with (

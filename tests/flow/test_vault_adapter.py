@@ -93,7 +93,7 @@ class _Stack:
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardHandle]:
     monkeypatch.setattr(tier_module, "layout_of", lambda *_: "ab" * 12)
-    connector.keep_on_loopback("127.0.0.1")
+    connector.keep_on_network("127.0.0.1")
     with shard(tmp_path, fingerprint=FORMAT) as handle:
         yield handle
 

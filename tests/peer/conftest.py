@@ -8,4 +8,4 @@ from workers import connector
 @pytest.fixture(autouse=True, scope="session")
 def loopback() -> None:
     """UCX reads it when the first of them loads it."""
-    connector.keep_on_loopback("127.0.0.1")
+    connector.keep_on_network("127.0.0.1")

@@ -70,7 +70,7 @@ def lender(rows: int, row_bytes: int) -> Iterator[tuple[str, "subprocess.Popen[s
 
 
 def main() -> None:
-    connector.keep_on_loopback("127.0.0.1")
+    connector.keep_on_network("127.0.0.1")
     rows, row_bytes = map(int, sys.argv[1:])
     keys = peer_keys(SECRET)
     server = PeerServer("127.0.0.1", keys.server, FINGERPRINT, Rows(rows), memory(rows, row_bytes))

@@ -44,7 +44,7 @@ class ShardProcess:
     def __init__(self, name: str, settings: ShardSettings) -> None:
         if settings.policy not in POLICIES:
             raise VaultError(f"vault policy {settings.policy}", "unknown", f"use {[*POLICIES]}")
-        connector.keep_on_loopback(settings.host)
+        connector.keep_on_network(settings.host)
         self.restored_blocks = 0
         disk = settings.disk
         store = None if disk is None else open_store(disk, name, settings.fingerprint)

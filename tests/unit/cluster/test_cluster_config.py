@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from cluster.app import _audit, _placed, engine_options
+from cluster.app import _audit, _placed, engine_options, environment
 from cluster.cli import _change, _overrides, _parser
-from cluster.config import DEFAULT, Config, load
+from cluster.config import DEFAULT, Config, check_nodes, load
 from cluster.errors import ConfigError
 from cluster.home import ROOT
 from cluster.status import describe, is_configured
@@ -72,6 +72,7 @@ def test_options_of_the_command_line_come_last(tmp_path: Path) -> None:
         ("[1, 2]", "list"),
         ("a: [", "YAML"),
         ("host: 0.0.0.0", "no address"),
+        ("decode: {resources: {fast: 0}}", "decode.resources"),
         ('host: "::"', "no address"),
         ("catalogue: {replicas: 2}", "1 node"),
         ("router: {policy: fastest}", "router.policy"),
@@ -119,6 +120,33 @@ def test_gpus_of_a_replica_are_its_ranks() -> None:
     assert config.tensor_parallel(config.prefill) == 2
     assert config.tensor_parallel(config.decode) == 4
     assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.1.2.3"])
+def test_several_nodes_want_an_address_each(host: str) -> None:
+    """An address of one machine is refused with the remedy once Ray has a second node, and with
+    `node` there is none for vLLM to hear before a process knows its own."""
+    config = load(None, {"host": host})
+    check_nodes(config, 1)
+    with pytest.raises(ConfigError, match="2 nodes: set host: node"):
+        check_nodes(config, 2)
+    several = load(None, {"host": "node"})
+    check_nodes(several, 2)
+    assert environment(config, "hub/name", 1)["VLLM_HOST_IP"] == host
+    assert "VLLM_HOST_IP" not in environment(several, "hub/name", 1)
+
+
+def test_the_environment_names_a_ray_cluster_where_the_file_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `ray.init` takes it, which would otherwise join a cluster that it is told to start; and
+    with a cluster joined there may be nodes for several catalogues."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.1.2.3:6379")
+    assert load(None, {"catalogue": {"replicas": 2}}).ray.address == "10.1.2.3:6379"
+    assert load(None, {"ray": {"address": "auto"}}).ray.address == "auto"
+    for own in ("", "local"):
+        monkeypatch.setenv("RAY_ADDRESS", own)
+        assert load(None, {}).ray.address is None
 
 
 @pytest.mark.parametrize(
