@@ -148,6 +148,7 @@ def _ingress(
         policy=config.router.policy,
         shadow=config.router.shadow,
         session_slack=config.router.session_slack,
+        fetch_tokens=config.router.fetch_tokens,
         drain_s=section.drain_s,
         request_timeout_s=section.request_timeout_s,
         keys_file=_resolved(section.keys_file),

@@ -46,6 +46,9 @@ class Reason(StrEnum):
     LEAST_LOADED = "least_loaded"  # the kill switch: costs were not looked at
     PREFIX_AFFINITY = "prefix_affinity"  # a baseline: the longest cached prefix
     ROUND_ROBIN = "round_robin"  # a baseline: whose turn it was
+    THRESHOLD = "threshold"  # a baseline: fetched past a fixed number of tokens
+    ALWAYS_FETCH = "always_fetch"  # a baseline: fetched whatever it costs
+    ALWAYS_COMPUTE = "always_compute"  # a baseline: computed whatever it costs
     PREFILL_LOST = "prefill_lost"  # the next plan after a prefill replica failed
     DECODE_LOST = "decode_lost"  # the next plan after a decode replica failed
 

@@ -45,6 +45,12 @@ class ForgetOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tenant: str
 
 
+class ResetOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /admin/reset."""
+
+    replica: str
+
+
 def admin_app(
     fleet: Fleet,
     decisions: Decisions,
@@ -85,6 +91,14 @@ def admin_app(
         outcomes = await forget(fleet.members(), salter.tags(order.tenant))
         return JSONResponse(forgotten_report(order.tenant, outcomes))
 
+    async def reset_replica(order: ResetOrder) -> Response:
+        member = fleet.member(order.replica)
+        if member is None:
+            message = f"no replica {order.replica} is up; `breakeven status` lists them"
+            return JSONResponse({"error": {"message": message, "code": 404}}, 404)
+        member.reset()
+        return JSONResponse({"replica": order.replica, "state": "asked"}, 202)
+
     routes = {
         "/healthz": healthz,
         "/readyz": readyz,
@@ -100,6 +114,7 @@ def admin_app(
         "/admin/policy": changing(Change, policies.order, open_to_all, EXAMPLE),
         "/admin/curves": changing(ProbeOrder, probe, open_to_all, '{"budget_s": 5}'),
         "/admin/forget": changing(ForgetOrder, forget_tenant, open_to_all, '{"tenant": "acme"}'),
+        "/admin/reset": changing(ResetOrder, reset_replica, open_to_all, '{"replica": "decode-0"}'),
     }
     return Starlette(
         routes=[

@@ -97,7 +97,12 @@ class Ingress:
             registry.register(self._log)
         audit = Audit(now, RequestMetrics(registry), log=self._log)
         self._admission = Admission(settings.max_requests)
-        prices = Prices(settings.assumed_streams, settings.compute_price, settings.session_slack)
+        prices = Prices(
+            settings.assumed_streams,
+            settings.compute_price,
+            settings.session_slack,
+            settings.fetch_tokens,
+        )
         planner = Planner(self.fleet, prices, self._in_force.order)
         pipeline = Pipeline(self.fleet, planner, shadow, self._admission, audit, now)
         salter = Salter(settings.secret, self._keys is not None, settings.gates)

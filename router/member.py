@@ -21,6 +21,7 @@ from workers.messages import (
     Release,
     Replica,
     Reply,
+    Reset,
     Resync,
     Step,
     Submit,
@@ -155,6 +156,10 @@ class Member:
     def release(self, request_id: str, handoff: Handoff) -> None:
         """Have this decode replica tell the prefill side that nobody will read `handoff`."""
         self._link.send(Release(request_id, handoff))
+
+    def reset(self) -> None:
+        """Have it drop every block that it caches, unless a request holds some just then."""
+        self._link.send(Reset())
 
     async def forget(self, tags: tuple[str, ...]) -> Forgotten:
         """Have it erase the blocks of these tags. Raises `ReplicaLostError` when it is lost

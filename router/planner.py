@@ -22,6 +22,7 @@ class Prices:
     assumed_streams: float = 0.5
     compute_price: float = 0.1
     session_slack: float = 0.1
+    fetch_tokens: int = 512
 
 
 class Planner:
@@ -51,6 +52,7 @@ class Planner:
             affinity=affinity(request.context.tenant, request.context.cache_key),
             session_slack=self._prices.session_slack,
             ticket=next(self._tickets),
+            fetch_tokens=self._prices.fetch_tokens,
         )
         order = self._order()
         plan = CHOOSE[order.policy](question)

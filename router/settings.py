@@ -30,6 +30,7 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     assumed_streams: float = 0.5
     compute_price: float = 0.1
     session_slack: float = 0.1
+    fetch_tokens: int = 512
     drain_s: float = 30.0
     request_timeout_s: float | None = None
     keys_file: str | None = None

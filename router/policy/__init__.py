@@ -14,3 +14,6 @@ class Policy(StrEnum):
     LEAST_LOADED = "least_loaded"  # the kill switch: neither costs nor caches are looked at
     PREFIX_AFFINITY = "prefix_affinity"  # the longest cached prefix, whatever the load
     ROUND_ROBIN = "round_robin"  # one after the other
+    THRESHOLD = "threshold"  # what tiers hold is fetched past a fixed number of tokens
+    ALWAYS_FETCH = "always_fetch"  # what tiers hold is fetched
+    ALWAYS_COMPUTE = "always_compute"  # nothing is taken from tiers

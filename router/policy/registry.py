@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from kv.plan import Plan
-from router.policy import Policy, least_loaded, pair, prefix_affinity, round_robin
+from router.policy import Policy, least_loaded, pair, prefix_affinity, round_robin, threshold
 from router.policy.question import Question
 
 # Raises `NoReplicaError` when no decode replica is routable.
@@ -14,4 +14,7 @@ CHOOSE: Mapping[Policy, Choose] = {
     Policy.LEAST_LOADED: least_loaded.choose,
     Policy.PREFIX_AFFINITY: prefix_affinity.choose,
     Policy.ROUND_ROBIN: round_robin.choose,
+    Policy.THRESHOLD: threshold.choose,
+    Policy.ALWAYS_FETCH: threshold.always_fetch,
+    Policy.ALWAYS_COMPUTE: threshold.always_compute,
 }

@@ -35,6 +35,7 @@ from kv.codecs.page import PageShape
 from kv.curve import PrefillCurve
 from kv.eviction import recompute_s
 from kv.offload_disk import layout_of, tag_of
+from kv.promoted import DEADLINE
 from kv.vault.chains import Chains, Spot
 from kv.vault.known import Known
 from workers import curve
@@ -46,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 # A request waits no longer to hear which of its blocks are there; an answer takes about 1 ms.
 ASK_S = 0.25
-# Nor for blocks, or for the end of a store: this, and what a slow network needs for the bytes.
+# Nor for the end of a store: this, and what a slow network needs for the bytes. Nor for blocks,
+# unless its plan knows of a network that is slower still.
 LOAD_S, STORE_S = 2.0, 5.0
 _SLOW_BYTES_PER_S = 100e6
 # On all shards together; an ingress waits 30 s for an order to erase.
@@ -307,7 +309,7 @@ class VaultTier(SecondaryTierManager):
         vault = self._vault
         if vault is None:
             return JobResult(job.job_id, success=False)
-        patience_s, keep = self._patience_s(LOAD_S, job), _keep(job.req_context)
+        patience_s, keep = self._load_patience_s(job), _keep(job.req_context)
         came = vault.load(self._pages(job, spots), patience_s, keep)
         keys = [OffloadKey(key) for key in came]
         if len(keys) < len(job.keys):
@@ -337,6 +339,11 @@ class VaultTier(SecondaryTierManager):
         tokens = spot.end_token - spot.start_token
         # Blocks of all groups together save these tokens.
         return recompute_s(self._speed, spot.start_token, tokens) / len(self._block_tokens)
+
+    def _load_patience_s(self, job: TransferJob) -> float:
+        """Not shorter than its request waits, which ends first otherwise (`kv.offload`)."""
+        planned_s: float = (job.req_context.kv_transfer_params or {}).get(DEADLINE, 0.0)
+        return max(self._patience_s(LOAD_S, job), planned_s)
 
     def _patience_s(self, least_s: float, job: TransferJob) -> float:
         n_bytes: int = len(job.keys) * self._block_size_bytes

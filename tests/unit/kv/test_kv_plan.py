@@ -168,6 +168,9 @@ def test_words_on_the_wire_are_stable() -> None:
         "least_loaded",
         "prefix_affinity",
         "round_robin",
+        "threshold",
+        "always_fetch",
+        "always_compute",
         "prefill_lost",
         "decode_lost",
     }
