@@ -1,0 +1,212 @@
+"""A cluster of ours over two Ray nodes with a shaped link between them.
+
+The near node has Ray's head, `breakeven serve`, and with it ingress and catalogue; the far one has
+what the configuration places there by the resource `far` (`near` is the other's). Both are of this
+machine, each with a network, a /dev/shm and a process table of its own.
+"""
+
+import contextlib
+import json
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import psutil
+import yaml
+
+from benchmarks.links.network import Link, Shape, joined
+from benchmarks.links.node import Node, inner, node
+
+_RAY = Path(sys.executable).with_name("ray")
+_GCS_PORT, _HTTP_PORT = 6379, 8000
+# Plenty: where things run is told by name, not by counting.
+_RESOURCES = 1000
+_CPUS = 16
+_STORE_BYTES = 100_000_000
+_NODE_S, READY_S, _END_S = 60.0, 240.0, 60.0
+_LOOK_S = 0.2
+# A catalogue and a replica tell what is cached this often, with some time to spare.
+_BEATS_S, _RESET_S = 1.2, 30.0
+# Beats and Ray's own words are less than this between two looks; blocks are more.
+_QUIET_BYTES, _QUIET_LOOK_S, _QUIET_S = 100_000, 0.5, 300.0
+# As `cluster.local_ray` sets them where it starts Ray.
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LinkedCluster:
+    """A cluster that serves. Its ingress is reached from the near node's network alone."""
+
+    link: Link
+    near: Node
+    far: Node
+    folder: Path
+    together: bool = False
+    url: str = f"http://127.0.0.1:{_HTTP_PORT}"
+
+    def get(self, path: str) -> Any:
+        """The JSON that it answers."""
+        with self.near.network(), urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Any:
+        """The JSON that it answers to this JSON."""
+        told = {"content-type": "application/json", **(headers or {})}
+        asked = urllib.request.Request(self.url + path, json.dumps(body).encode(), told)
+        with self.near.network(), urllib.request.urlopen(asked, timeout=600) as answer:
+            return json.load(answer)
+
+    def replicas(self) -> dict[str, dict[str, Any]]:
+        """Rows of /admin/replicas by name."""
+        return {row["name"]: row for row in self.get("/admin/replicas")["replicas"]}
+
+    def metrics(self) -> dict[str, float]:
+        """Samples of /metrics by name and labels."""
+        with self.near.network(), urllib.request.urlopen(self.url + "/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in samples}
+
+    def await_quiet(self) -> None:
+        """Return once the link carries next to nothing: what was being stored is on the other side.
+        Raises RuntimeError where that does not come."""
+        deadline_s, before = time.monotonic() + _QUIET_S, -_QUIET_BYTES
+        while (now := self._carried_bytes()) - before >= _QUIET_BYTES:
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"the link was not quiet within {_QUIET_S:g} s")
+            before = now
+            time.sleep(_QUIET_LOOK_S)
+
+    def _carried_bytes(self) -> int:
+        """In both directions; on one node through its loopback."""
+        device = "lo" if self.together else self.near.end.device
+        with self.near.network():
+            lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
+        [numbers] = [
+            line.split(":")[1].split() for line in lines if line.strip().startswith(f"{device}:")
+        ]
+        return int(numbers[0]) + int(numbers[8])
+
+    def reset(self, replica: str) -> None:
+        """Have a replica drop what it caches, and return once the catalogue knows; the vault keeps
+        what it has. Raises RuntimeError where it does not."""
+        deadline_s = time.monotonic() + _RESET_S
+        while True:
+            self.post("/admin/reset", {"replica": replica})
+            time.sleep(_BEATS_S)
+            row = self.replicas()[replica]
+            host_blocks = row["tiers"].get("host", {}).get("blocks", 0)
+            if not row["cached_blocks"] + host_blocks:
+                return
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"{replica} goes on holding blocks: {row}")
+
+
+@contextlib.contextmanager
+def linked(
+    shape: Shape,
+    sections: Mapping[str, Any],
+    model: Path,
+    cache: Mapping[str, Path] = MappingProxyType({}),
+    together: bool = False,
+) -> Iterator[LinkedCluster]:
+    """A cluster by these sections of its configuration file, until the block ends.
+
+    Files of `cache` lie in its cache folder by these names. `together` has everything on the near
+    node, where shared memory is the way between processes. Raises `LinkRefusedError` where this
+    machine cannot make links.
+    """
+    with contextlib.ExitStack() as made:
+        folder = Path(made.enter_context(tempfile.TemporaryDirectory(prefix="links-")))
+        link = made.enter_context(joined(shape))
+        near = made.enter_context(node(link.ends[0]))
+        far = near if together else made.enter_context(node(link.ends[1]))
+        env = _ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        _start_ray(near, None if together else far, folder, env)
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(_sections(sections, near, model, together)))
+        kept = folder / "cache"
+        kept.mkdir()
+        for file, path in cache.items():
+            (kept / file).symlink_to(path)
+        env["BREAKEVEN_CACHE"] = str(kept)
+        words = [sys.executable, "-m", "cluster", "serve", "--config", str(config)]
+        serving = near.start(words, folder / "serve.log", env)
+        try:
+            _await(lambda: "ready http" in _text(folder / "serve.log"), serving, folder, READY_S)
+            yield LinkedCluster(link, near, far, folder, together)
+        finally:
+            _end(serving)
+
+
+def _sections(
+    sections: Mapping[str, Any], near: Node, model: Path, together: bool
+) -> dict[str, Any]:
+    ours = {"model": str(model), "host": "node"}
+    ray = {"address": f"{near.address}:{_GCS_PORT}"}
+    # Shared memory of two nodes is never one's: UCX is not to look for it.
+    kv = {"transports": None if together else "tcp", **sections.get("kv", {})}
+    ingress = {"drain_s": 5, **sections.get("ingress", {}), "port": _HTTP_PORT}
+    return {**sections, **ours, "ray": ray, "kv": kv, "ingress": ingress}
+
+
+def _start_ray(near: Node, far: Node | None, folder: Path, env: Mapping[str, str]) -> None:
+    """Ray's nodes; the near one is the far one too where there is no other."""
+    head = ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false"]
+    _start_node(near, ["near"] if far else ["near", "far"], head, folder, env)
+    if far is not None:
+        _start_node(far, ["far"], [f"--address={near.address}:{_GCS_PORT}"], folder, env)
+
+
+def _start_node(
+    at: Node, names: Sequence[str], more: Sequence[str], folder: Path, env: Mapping[str, str]
+) -> None:
+    """One, with a folder and the resources of its own."""
+    own, log = folder / names[0], folder / f"{names[0]}.log"
+    own.mkdir()
+    words = [str(_RAY), "start", "--block", f"--node-ip-address={at.address}", *more]
+    words += [f"--num-cpus={_CPUS}", f"--object-store-memory={_STORE_BYTES}"]
+    words += [f"--resources={json.dumps(dict.fromkeys(names, _RESOURCES))}", f"--temp-dir={own}"]
+    process = at.start(words, log, env)
+    _await(lambda: "Ray runtime started" in _text(log), process, folder, _NODE_S)
+
+
+def _await(
+    come: Callable[[], bool], process: "subprocess.Popen[bytes]", folder: Path, within_s: float
+) -> None:
+    """Return once it is so; raises RuntimeError with the logs if the process ends before."""
+    deadline_s = time.monotonic() + within_s
+    while not come():
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            logs = [f"{log.name}:\n{_text(log)[-3000:]}" for log in sorted(folder.glob("*.log"))]
+            raise RuntimeError("\n".join(["the linked cluster did not come up", *logs]))
+        time.sleep(_LOOK_S)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """As Ctrl-C; what it leaves ends with its node."""
+    with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+        inner(process).terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_END_S)
+    process.kill()
+    process.wait()
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
