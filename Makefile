@@ -12,7 +12,7 @@ LOCK_ARGS ?= --torch-backend cpu
 export BREAKEVEN_CACHE := $(abspath $(CACHE))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev python serve test check bench-start bench-serve bench-tiers lock clean
+.PHONY: help setup setup-dev python serve test check bench-start bench-serve bench-tiers bench-breakeven lock clean
 
 # $(call step,name,command): say what runs, and how long it took.
 step = @printf '==> %s\n' '$(1)'; s=$$(date +%s); $(2) && printf '    done in %s s\n' "$$(($$(date +%s) - s))"
@@ -54,6 +54,9 @@ bench-serve: setup-dev ## time serving against a plain server and other routings
 
 bench-tiers: setup-dev ## time KV tiers: restores, copies, stores, codecs, eviction, peers, vault, peer; QUICK=1 for a smoke run
 	@exec $(BIN)/python benchmarks/tiers/run.py $(ARGS)
+
+bench-breakeven: setup-dev ## time fetching against computing over shaped links, which wants root; QUICK=1 for a smoke run
+	@exec $(BIN)/python benchmarks/breakeven/run.py $(ARGS)
 
 lock: setup ## resolve requirements/*.in into the locked sets
 	$(call step,fetch uv,$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV))

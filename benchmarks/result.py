@@ -1,4 +1,5 @@
-"""Rows, raw samples and the report of a benchmark: `make bench-serve`, `make bench-tiers`.
+"""Rows, raw samples and the report of a benchmark: `make bench-serve`, `make bench-tiers`,
+`make bench-breakeven`.
 
 Each benchmark is a folder of parts, one module each, and keeps what it measures below its own
 `results`.
