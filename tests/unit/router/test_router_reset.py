@@ -8,11 +8,12 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from router.admin import admin_app
-from router.audit import Audit
+from router.decisions import Decisions
 from router.fleet import Fleet
 from router.member import Member
 from router.orders import InForce, Order, Orders
 from router.policy_admin import PolicyAdmin
+from router.probing import Probing
 from router.salt import Salter
 from router.shadow import Shadow
 from router.vault import VaultView
@@ -50,12 +51,13 @@ async def test_the_replica_that_is_named_hears_of_it() -> None:
     link = NotingLink()
     app = admin_app(
         cast(Fleet, OneReplica(link)),
-        cast(Audit, None),
+        cast(Decisions, None),
         CollectorRegistry(),
         None,
         PolicyAdmin(InForce(Order(), cast(Orders, None)), Shadow()),
         Salter(b"s", False),
         cast(VaultView, None),
+        cast(Probing, None),
     )
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
