@@ -65,6 +65,11 @@ def _write(sender: socket.socket, over: threading.Event) -> None:
             sender.send(data)
 
 
+def _most_bits_per_s(link: Link, seconds: float = 1.5) -> float:
+    """The most of some, so that a busy machine does not count."""
+    return max(_bits_per_s(link, seconds) for _ in range(4))
+
+
 def _round_trip_s(link: Link) -> float:
     """The least of some, so that a busy machine does not count."""
     with _connected(link) as (sender, taker):
@@ -82,10 +87,10 @@ def _round_trip_s(link: Link) -> float:
 def test_a_rate_is_what_it_says(mbit: int) -> None:
     """A stream over the link carries the rate that was set, and another one once it is changed."""
     with joined(Shape(mbit * MBIT)) as link:
-        found = _bits_per_s(link, 1.5)
+        found = _most_bits_per_s(link)
         assert found == pytest.approx(mbit * MBIT * TCP_SHARE, rel=0.12)
         link.limit(mbit * MBIT / 4)
-        assert _bits_per_s(link, 1.5) == pytest.approx(mbit * MBIT / 4 * TCP_SHARE, rel=0.12)
+        assert _most_bits_per_s(link) == pytest.approx(mbit * MBIT / 4 * TCP_SHARE, rel=0.12)
 
 
 def test_a_delay_is_taken_each_way() -> None:
@@ -95,7 +100,7 @@ def test_a_delay_is_taken_each_way() -> None:
         assert _round_trip_s(link) < 0.001
     with joined(Shape(200 * MBIT, delay_s=0.01)) as link:
         assert 0.02 <= _round_trip_s(link) < 0.023
-        assert _bits_per_s(link, 3.0) == pytest.approx(200 * MBIT, rel=0.12)
+        assert _most_bits_per_s(link, 3.0) == pytest.approx(200 * MBIT, rel=0.12)
 
 
 def test_a_node_has_its_own_memory_and_processes(tmp_path: Path) -> None:

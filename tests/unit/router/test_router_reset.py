@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from router.admin import admin_app
 from router.decisions import Decisions
+from router.entry import Scribe
 from router.fleet import Fleet
 from router.member import Member
 from router.orders import InForce, Order, Orders
@@ -51,7 +52,7 @@ async def test_the_replica_that_is_named_hears_of_it() -> None:
     link = NotingLink()
     app = admin_app(
         cast(Fleet, OneReplica(link)),
-        cast(Decisions, None),
+        Decisions((), cast(Scribe, None)),
         CollectorRegistry(),
         None,
         PolicyAdmin(InForce(Order(), cast(Orders, None)), Shadow()),
