@@ -58,7 +58,7 @@ Connect = Callable[[str, str, Inbox], Link]
 
 
 class Ingress:
-    """Serves HTTP until cancelled. Made on the running event loop, whose clock it uses.
+    """Serves HTTP until cancelled. Made on the running event loop.
 
     `args` and `config` are vLLM's, made from the same options as the engines'.
     """
@@ -76,7 +76,8 @@ class Ingress:
         config: VllmConfig,
     ) -> None:
         self._settings, self._args, self._line, self._vault = settings, args, line, vault
-        now = asyncio.get_running_loop().time
+        # The loop's own clock, but finer: uvloop tells whole milliseconds, and to its thread alone.
+        now = time.monotonic
         self._keys = KeyRing(Path(settings.keys_file), now) if settings.keys_file else None
 
         def link(replica: Replica, member: Member) -> Link:

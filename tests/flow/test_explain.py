@@ -101,6 +101,18 @@ def test_parts_of_a_request_lie_within_its_time_to_the_first_token(audited: Clus
     assert audited.metrics()[f'breakeven_plan_error_ratio_count{{plan="{shape}"}}'] >= 1
 
 
+def test_times_are_finer_than_milliseconds(audited: Cluster) -> None:
+    """A decision takes some 0.2 ms, and so does a message: a clock of whole milliseconds, as the
+    event loop has, would tell neither."""
+    for number in range(5):
+        ask(audited, f"fine-{number}", [11] * 40)
+    audited.await_rest()
+    entries = [each for each in audit_of(audited)[0] if each.request_id.startswith("fine-")]
+    decisions_ms = [1000 * entry.plans[0].after_s for entry in entries]
+    assert len(decisions_ms) == 5
+    assert any(abs(ms - round(ms)) > 0.01 for ms in decisions_ms), decisions_ms
+
+
 @pytest.mark.parametrize(
     ("query", "says"), [("limit=0", "limit"), ("request_id=a%0Ab", "request_id"), ("x=1", "'x'")]
 )
