@@ -29,14 +29,15 @@ def draw(results: Path, quick: bool) -> None:
 def _heat_map(cells: Sequence[Cell], path: Path) -> None:
     """Ours against the better of computing and fetching: links across, codecs down."""
     links, codecs = (list(dict.fromkeys(getattr(c, f) for c in cells)) for f in ("link", "codec"))
-    size = 2.6 * len(links) + 1.0, 3.2 * len(codecs)
+    # A single panel is still as wide as the title.
+    size = max(5.5, 2.6 * len(links) + 1.0), 3.2 * len(codecs)
     figure, grid = plt.subplots(len(codecs), len(links), figsize=size, squeeze=False)
     for row, codec in enumerate(codecs):
         for column, link in enumerate(links):
             here = [cell for cell in cells if (cell.link, cell.codec) == (link, codec)]
             _panel(grid[row][column], here)
             grid[row][column].set_title(f"{link}, {codec}", fontsize=9)
-    figure.suptitle("TTFT of ours against the better of computing and fetching", fontsize=10)
+    figure.suptitle("TTFT: ours ÷ the better of computing and fetching", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
