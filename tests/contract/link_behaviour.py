@@ -238,6 +238,8 @@ async def waiting_is_told_apart_from_computing(stage: Stage) -> None:
 async def a_prefill_that_lends_keeps_no_lease(stage: Stage) -> None:
     """A split's head: one token and sources, no handoff, and nothing that somebody has to end."""
     prefill, decode = await _sides(stage)
+    await prefill.load(_idle, "nothing that was leased before")
+    known = len(prefill.heard.replies)
     ask = Submit("h0", Role.PREFILL, stage.prompt(13), stage.body(6), lends=True)
     last = (await prefill.run(ask))[-1]
     assert last.finish_reason == "length"
@@ -245,9 +247,13 @@ async def a_prefill_that_lends_keeps_no_lease(stage: Stage) -> None:
     assert last.handoff is None
     assert last.sources is not None
     assert last.sources.computed_tokens == len(ask.tokens) // TOKEN_BYTES
+
+    def told() -> list[Load]:
+        return [reply for reply in prefill.heard.replies[known:] if isinstance(reply, Load)]
+
+    await prefill.until(lambda: bool(told()), "a load since then")
     await _close(prefill, decode)
-    told = [reply for reply in prefill.heard.replies if isinstance(reply, Load)]
-    assert not any(load.leased for load in told)
+    assert not any(load.leased for load in told())
 
 
 async def an_abort_frees(stage: Stage) -> None:
