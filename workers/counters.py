@@ -40,10 +40,10 @@ METRICS_BY_TIER = {
 # tier behind the host tier gave to it.
 LOADED = ("vllm:kv_offload_load_bytes", "vllm:kv_offload_load_time")
 PROMOTED = ("vllm:kv_offload_tiering_read_bytes", "vllm:kv_offload_tiering_read_time")
-# The tiers behind the host tier by the end of their label, which is their class.
+# The tiers behind the host tier by the end of their label, which is their type.
 _BY_LABEL = {
     "DiskTier": Tier.DISK,
-    "FileSystemTierManager": Tier.DISK,  # vLLM's `fs`, which benchmarks put in its place
+    "fs": Tier.DISK,  # vLLM's own, which benchmarks put in its place
     "PeerTier": Tier.PEER,
     "VaultTier": Tier.VAULT,
 }
