@@ -36,11 +36,12 @@ _Owner = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How long a client has to write what it was granted and to read what it was lent, and how long
-    bytes may still arrive after its connection has gone."""
+    """How long a client has to write what it was granted and to read what it was lent, at most if
+    it asks for longer, and how long bytes may still arrive after its connection has gone."""
 
     write_s: float = 30.0
     lease_s: float = 10.0
+    most_lease_s: float = 120.0
     settle_s: float = 2.0
 
 
@@ -146,7 +147,7 @@ class Shard:
         read there and told to `admit` before `lent`."""
         owner = (client, get.number)
         self._end_reading(owner, now_s)
-        end_s = now_s + self._terms.lease_s
+        end_s = now_s + self._lease_s(get)
         lent = self._ledger.lease(get.keys, _name(owner), end_s, now_s)
         self._free(lent.removed)
         held = get.keys[: lent.depth]
@@ -178,7 +179,11 @@ class Shard:
             reading.slots.append(slot)
         slots = reading.slots if reading is not None else []
         places = [wire.Place(trimmed(s.extents, s.n_bytes), s.checksum) for s in slots]
-        return wire.Lent(get.number, tuple(places), self._terms.lease_s)
+        return wire.Lent(get.number, tuple(places), self._lease_s(get))
+
+    def _lease_s(self, get: wire.Get) -> float:
+        """Blocks that cross a slow network are lent for longer."""
+        return max(self._terms.lease_s, min(get.wanted_s, self._terms.most_lease_s))
 
     def done(self, client: str, message: wire.Done, now_s: float) -> tuple[bytes, ...]:
         """The reader is done. Returns the keys of blocks that it found damaged and that are."""

@@ -22,7 +22,7 @@ from kv.vault.arena import Extent
 from kv.vault.orders import Outcome
 
 # Bumped whenever a message changes shape, other than Hello and Denied, which never do.
-VAULT_VERSION = 2
+VAULT_VERSION = 3
 # Of one message; a Get of that many keys is some 40 kB.
 MOST_BLOCKS = 1024
 MOST_MESSAGE_BYTES = 1 << 20
@@ -87,10 +87,11 @@ class Written(msgspec.Struct, frozen=True, tag="written", forbid_unknown_fields=
 
 
 class Get(msgspec.Struct, frozen=True, tag="get", forbid_unknown_fields=True):
-    """Lend me the leading ones of these blocks."""
+    """Lend me the leading ones of these blocks. I may take `wanted_s` to read them."""
 
     number: Number
     keys: Annotated[tuple[Key, ...], Meta(min_length=1, max_length=MOST_BLOCKS)]
+    wanted_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Has(msgspec.Struct, frozen=True, tag="has", forbid_unknown_fields=True):

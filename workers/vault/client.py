@@ -218,7 +218,8 @@ class VaultClient:
     ) -> int:
         """How many were lent."""
         number, sent_s = session.number(), time.monotonic()
-        lent = session.ask(wire.Get(number, tuple(keys)), wire.Lent, deadline_s)
+        wanted_s = max(0.0, deadline_s - sent_s)
+        lent = session.ask(wire.Get(number, tuple(keys), wanted_s), wire.Lent, deadline_s)
         # The shard counts from later on: what ends by this has ended before its lease.
         end_s = min(deadline_s, sent_s + lent.lease_s)
         damaged: list[int] = []

@@ -18,7 +18,7 @@ from kv.vault.shard import Delivery, Shard, Terms
 from kv.vault.wire import Reason
 from tests.unit.kv.vault_frames import frame_of
 
-TERMS = Terms(write_s=10.0, lease_s=5.0, settle_s=1.0)
+TERMS = Terms(write_s=10.0, lease_s=5.0, settle_s=1.0, most_lease_s=20.0)
 FRAME = frame_of(1, 1000)
 PAGE = GRANULE_BYTES
 
@@ -117,10 +117,12 @@ class World:
         finals = [next(stored) if v.outcome is Outcome.WRITE else v for v in verdicts]
         return [v.reason or str(v.outcome) for v in finals]
 
-    def lend(self, client: str, keys: list[bytes]) -> tuple[int, list[tuple[int, bytes]]]:
+    def lend(
+        self, client: str, keys: list[bytes], wanted_s: float = 0.0
+    ) -> tuple[int, list[tuple[int, bytes]]]:
         """The number of a get, and checksum and bytes of what was lent."""
         self.number += 1
-        get = wire.Get(self.number, tuple(keys))
+        get = wire.Get(self.number, tuple(keys), wanted_s)
         for key in self.shard.lend(client, get, self.now_s):
             self.obey()
             frame = self.disk[key][1] if key in self.disk else None
@@ -203,15 +205,20 @@ class ShardAgainstCarelessClients(RuleBasedStateMachine):
             if verdict.outcome is Outcome.STORED:
                 self.truth[key] = frame
 
-    @rule(client=some_client, keys=st.lists(some_key, min_size=1, max_size=4, unique=True))
-    def get(self, client: str, keys: list[bytes]) -> None:
-        number, lent = self.world.lend(client, keys)
+    @rule(
+        client=some_client,
+        keys=st.lists(some_key, min_size=1, max_size=4, unique=True),
+        wanted_s=st.sampled_from([0.0, 3.0, 10.0, 300.0]),
+    )
+    def get(self, client: str, keys: list[bytes], wanted_s: float) -> None:
+        number, lent = self.world.lend(client, keys, wanted_s)
+        lease_s = min(max(TERMS.lease_s, wanted_s), TERMS.most_lease_s)
         for key, (checksum, frame) in zip(keys, lent, strict=False):
             assert frame == self.truth[key]
             assert checksum == told_checksum(frame)
         reading = self.world.shard._readings[client, number]
         held = [(slot.extents, self.world.read(slot.extents)) for slot in reading.slots]
-        self.lent.append((client, number, self.world.now_s + TERMS.lease_s, held))
+        self.lent.append((client, number, self.world.now_s + lease_s, held))
 
     @rule(data=st.data())
     def done(self, data: st.DataObject) -> None:
