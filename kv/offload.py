@@ -40,7 +40,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -190,6 +190,15 @@ class TieredSpec(TieringOffloadingSpec):
 
 
 @runtime_checkable
+class Piecewise(Protocol):
+    """A tier that tells of the blocks of a load before the last of them is there."""
+
+    def arrived(self) -> Iterable[tuple[int, OffloadKey]]:
+        """Blocks that have come whole since the last call, each with its job."""
+        ...
+
+
+@runtime_checkable
 class Erasing(Protocol):
     """A tier that can erase tenants."""
 
@@ -223,6 +232,7 @@ class Tiers(SplitLookups):
         self._tags: dict[OffloadKey, str] = {}
         self._doomed: set[OffloadKey] = set()
         self._sealed: set[str] = set()
+        self._arrived: dict[int, set[OffloadKey]] = {}  # by job that has not ended
 
     def lookup(
         self, key: OffloadKey, req_context: ReqContext, *, exclude_tier_idx: int | None = None
@@ -260,6 +270,26 @@ class Tiers(SplitLookups):
             promoted.keys.add(key)
             self._tag([key], req_context)
         return started
+
+    def _process_finished_jobs(self) -> None:
+        """What of a load is there already can be used, should its request wait no longer for the
+        rest."""
+        for tier in self.secondary_tiers:
+            for job_id, key in tier.arrived() if isinstance(tier, Piecewise) else ():
+                job = self._jobs.get(job_id)
+                if job is not None:  # it may have ended since
+                    self.primary_tier.complete_write([key], job.transfer_job.req_context, True)
+                    self._arrived.setdefault(job_id, set()).add(key)
+        super()._process_finished_jobs()
+
+    def _complete_promotion(self, job_metadata: Any, completed_job: JobResult) -> None:
+        here = self._arrived.pop(completed_job.job_id, None)
+        if here:
+            job = job_metadata.transfer_job
+            job.keys = [key for key in job.keys if key not in here]
+            came = completed_job.successful_keys
+            completed_job.successful_keys = came and [key for key in came if key not in here]
+        super()._complete_promotion(job_metadata, completed_job)
 
     def _should_store_to_tier(self, tier: SecondaryTierManager, num_blocks: int) -> bool:
         stores: bool = getattr(tier, "stores", True)

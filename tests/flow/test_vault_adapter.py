@@ -14,6 +14,7 @@ from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext
 from kv.curve import PrefillCurve
 from kv.offload import Tiers
 from kv.offload_host import HostTier
+from kv.promoted import DEADLINE
 from tests.flow.host_region import host_region
 from tests.vault.shard_process import SECRET, ShardHandle, client, shard
 from tests.waiting import await_that
@@ -256,3 +257,33 @@ def test_an_erasure_that_a_shard_does_not_confirm_is_not_told(
     one.tiers.erase({"aa"})
     one.vault.forgotten(told.set)
     assert told.wait(10.0)
+
+
+def test_what_came_of_a_late_load_is_used(
+    stack: Callable[[], _Stack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that waits no longer takes the blocks that are there and computes the rest; nobody
+    loads or counts one twice, and those that come later are there for the next."""
+    one = stack()
+    one.store(one.request("a", 8), KEYS[:8])
+    one.settle()
+    other, go = stack(), threading.Event()
+    take = other.vault._vault._take  # type: ignore[union-attr]
+
+    def stuck(*arguments: Any) -> None:
+        if arguments[-2].endswith(KEYS[3]):
+            go.wait(30)
+        take(*arguments)
+
+    monkeypatch.setattr(other.vault._vault, "_take", stuck)
+    late = other.request("b", 8)
+    late.kv_transfer_params = {"tag": "aa", DEADLINE: 0.5}
+    assert other.found(late, KEYS[:8]) == [LookupResult.HIT] * 3 + [LookupResult.MISS] * 5
+    spec = other.tiers.prepare_load(KEYS[:3], late)
+    for key, row in zip(KEYS[:3], spec.chunk_ids, strict=True):  # type: ignore[attr-defined]
+        assert bytes(other.row(row)) == key[:1] * PAGE
+    other.tiers.complete_load(KEYS[:3], late)
+    go.set()
+    other.settle()
+    assert other.found(other.request("c", 8), KEYS[:8]) == [LookupResult.HIT] * 8
+    assert not other.tiers._arrived

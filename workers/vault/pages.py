@@ -120,16 +120,23 @@ class VaultPages:
                 lost += verdict == LOST
         return Stored(sent_bytes, lost, tuple(held))
 
-    def load(self, pages: Iterable[Page], timeout_s: float, keep: Keep = AS_ALL) -> list[bytes]:
-        """Fill pages from the vault; the keys of those that are whole now. The others' bytes are
-        undefined. A page that another codec stored than `keep` allows is none of them."""
+    def load(
+        self,
+        pages: Iterable[Page],
+        timeout_s: float,
+        keep: Keep = AS_ALL,
+        tell: Callable[[bytes], None] = lambda _: None,
+    ) -> list[bytes]:
+        """Fill pages from the vault; the keys of those that are whole now. `tell` has heard each as
+        soon as it was. The others' bytes are undefined. A page that another codec stored than
+        `keep` allows is none of them."""
         deadline_s = time.monotonic() + timeout_s
         codec = self._codec(keep)
         loaded: list[bytes] = []
         for run, members in _by_run(pages).items():
             rows = {self._name(page.key): page.row for page in members}
             left_s = deadline_s - time.monotonic()
-            take = partial(self._take, rows, codec)
+            take = partial(self._take, rows, codec, tell)
             taken = self._reading.get(self._name(run), list(rows), take, left_s)
             loaded += map(self._key, taken)
         return loaded
@@ -177,7 +184,12 @@ class VaultPages:
         return Block(name, parent, n_bytes, seconds_saved, fill, kept_s)
 
     def _take(
-        self, rows: Mapping[bytes, memoryview], codec: Codec, name: bytes, frame: memoryview
+        self,
+        rows: Mapping[bytes, memoryview],
+        codec: Codec,
+        tell: Callable[[bytes], None],
+        name: bytes,
+        frame: memoryview,
     ) -> None:
         found, row, shape = open_verified(frame), rows[name], self._shape
         if found.fingerprint != self._seal or found.codec not in (CodecName.RAW, codec.name):
@@ -186,9 +198,10 @@ class VaultPages:
             raise CodecError("vault block", what, wanted)
         if shape is None or found.codec == CodecName.RAW:
             row[:] = found.payload
-            return
-        codec.decode(found.payload, shape, row[: shape.page_bytes])
-        row[shape.page_bytes :] = bytes(len(row) - shape.page_bytes)
+        else:
+            codec.decode(found.payload, shape, row[: shape.page_bytes])
+            row[shape.page_bytes :] = bytes(len(row) - shape.page_bytes)
+        tell(self._key(name))
 
     def _name(self, key: bytes) -> bytes:
         return self._layout + key

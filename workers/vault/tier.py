@@ -108,6 +108,7 @@ class VaultTier(SecondaryTierManager):
         self._jobs: dict[int, TransferJob] = {}
         self._running: set[Future[None]] = set()
         self._finished: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
+        self._came: queue.SimpleQueue[tuple[int, OffloadKey]] = queue.SimpleQueue()
         self._storing: dict[int, int] = {}  # pages by job
         self._void: set[int] = set()  # jobs that are to store nothing more
         self._forgetting: Future[bool] | None = None
@@ -200,6 +201,11 @@ class VaultTier(SecondaryTierManager):
         self._finished.put(JobResult(job_metadata.job_id, success=False))
         if full:
             self._complain("not stored: the vault is slower than what is computed", blocks)
+
+    def arrived(self) -> Iterable[tuple[int, OffloadKey]]:
+        """Blocks of loads that go on (`kv.offload.Piecewise`)."""
+        while not self._came.empty():
+            yield self._came.get()
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []
@@ -310,7 +316,11 @@ class VaultTier(SecondaryTierManager):
         if vault is None:
             return JobResult(job.job_id, success=False)
         patience_s, keep = self._load_patience_s(job), _keep(job.req_context)
-        came = vault.load(self._pages(job, spots), patience_s, keep)
+
+        def tell(key: bytes) -> None:
+            self._came.put((job.job_id, OffloadKey(key)))
+
+        came = vault.load(self._pages(job, spots), patience_s, keep, tell)
         keys = [OffloadKey(key) for key in came]
         if len(keys) < len(job.keys):
             self._complain("computed instead: they did not come, or damaged", len(job.keys))
