@@ -2,7 +2,8 @@
 
 Others compare the tokens that could be fetched with a constant which somebody has measured once:
 LMCache's `min_retrieve_tokens`, llm-d's least gain of a pull. Fetching always and computing always
-are the two ends of it. Replicas are chosen as the kill switch does.
+are the two ends of it. Replicas are chosen as the kill switch does, but an idle decode replica does
+without a prefill replica: a handoff would only cost time there.
 """
 
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def always_compute(question: Question) -> Plan:
 
 
 def _plan(question: Question, reason: Reason, least_tokens: float) -> Plan:
-    base = least_loaded.choose(question)
+    base = _base(question)
     pools = (*question.snapshot.prefill, *question.snapshot.decode)
     view = next(view for view in pools if view.name == (base.prefill or base.decode))
     hit = min(view.hit_tokens, question.prompt_tokens - 1)
@@ -57,6 +58,14 @@ def _plan(question: Question, reason: Reason, least_tokens: float) -> Plan:
         cost_s=predicted_s,
         hints=Hints(reach, tuple(span.tier for span in fetched if span.tier), _PATIENCE_S),
     )
+
+
+def _base(question: Question) -> Plan:
+    base = least_loaded.choose(question)
+    view = next(view for view in question.snapshot.decode if view.name == base.decode)
+    if view.running or view.waiting or view.queued_tokens:
+        return base
+    return least_loaded.choose(replace(question, local_only=True))
 
 
 def _fetched(view: ReplicaView, hit: int, prompt_tokens: int) -> Iterator[Span]:

@@ -18,15 +18,15 @@ SLOW = LinkCurve(0.0, 0.01 / TOKEN_BYTES)
 N = 1000
 
 
-def asked(hit: int = 0, remote: bool = False, **held: int) -> Question:
-    """A prompt of which a decode replica, or a linked prefill replica, has `hit` tokens in its
-    paged KV and these many leading ones in tiers."""
+def asked(hit: int = 0, remote: bool = False, running: int = 1, **held: int) -> Question:
+    """A prompt of which a decode replica, or a prefill replica that is linked to one with so many
+    streams, has `hit` tokens in its paged KV and these many leading ones in tiers."""
     tiers = tuple(TierView(Tier(name), SLOW, tokens) for name, tokens in held.items())
     here = ReplicaView("x-0", CURVE, 0.02, 0, 0, 0, 0, 32, hit, tiers)
-    idle = ReplicaView("decode-0", CURVE, 0.02, 0, 0, 0, 0, 32, 0)
+    other = ReplicaView("decode-0", CURVE, 0.02, 0, 0, 0, running, 32, 0)
     if remote:
         links = {("x-0", "decode-0"): LinkCurve(0.0, 0.0)}
-        return Question(N, Snapshot((here,), (idle,), links, TOKEN_BYTES), 0.5)
+        return Question(N, Snapshot((here,), (other,), links, TOKEN_BYTES), 0.5)
     return Question(N, Snapshot((), (here,), {}, TOKEN_BYTES), 0.5)
 
 
@@ -71,6 +71,12 @@ def test_tiers_continue_one_another_in_the_order_in_which_they_are_asked() -> No
     )
     assert plan.hints.tiers == (Tier.HOST, Tier.VAULT)
     assert plan.predicted_ttft_s == pytest.approx(0.01 * 899 + 0.001)
+
+
+def test_an_idle_decode_replica_does_without_a_handoff() -> None:
+    """A baseline is not made worse than it need be."""
+    plan = threshold.always_compute(asked(remote=True, running=0))
+    assert (plan.shape, plan.prefill, plan.decode) == (Shape.LOCAL, None, "decode-0")
 
 
 def test_whoever_computes_fetches() -> None:
