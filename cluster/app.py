@@ -92,6 +92,7 @@ def _engines(
         drain_s=config.ingress.drain_s,
         probe_s=config.router.probe_s,
         tiers=_placed(config.tiers),
+        retry_s=config.router.retry_s,
         vault_keys=None if config.tiers.vault is None else client_keys(secret),
         peer_keys=None if config.tiers.peer is None else peer_keys(secret),
     )
@@ -149,6 +150,8 @@ def _ingress(
         shadow=config.router.shadow,
         session_slack=config.router.session_slack,
         fetch_tokens=config.router.fetch_tokens,
+        overrun=config.router.overrun,
+        retry_s=config.router.retry_s,
         drain_s=section.drain_s,
         request_timeout_s=section.request_timeout_s,
         keys_file=_resolved(section.keys_file),

@@ -94,6 +94,8 @@ class RouterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     compute_price: Annotated[float, Meta(ge=0)] = 0.1
     session_slack: Annotated[float, Meta(ge=0)] = 0.1
     fetch_tokens: Positive = 512
+    overrun: Annotated[float, Meta(ge=1)] = 2.0
+    retry_s: Seconds | None = 5.0
     probe_s: Seconds = 4.0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from kv.catalogue import Tier
 from kv.curve import LinkCurve, TransferSample
-from kv.live import LiveLink
+from kv.live import RETRY_S, LiveLink
 
 # Of a 2-core CPU machine, on the careful side: restores of 47 to 190 MB took 10 to 20 ms longer
 # than device hits from host memory, and 0.2 to 0.4 s longer from files that were not cached.
@@ -23,10 +23,10 @@ _TYPICAL_BYTES = 16 * 2**20
 
 
 class FetchCost:
-    """The curve of one tier. Times are seconds of any one clock."""
+    """The curve of one tier. Times are seconds of any one clock; `retry_s` is `kv.live`'s."""
 
-    def __init__(self, guess: LinkCurve) -> None:
-        self._live = LiveLink(guess, _TYPICAL_BYTES)
+    def __init__(self, guess: LinkCurve, retry_s: float | None = RETRY_S) -> None:
+        self._live = LiveLink(guess, _TYPICAL_BYTES, retry_s)
 
     @property
     def samples(self) -> int:

@@ -2,11 +2,13 @@
 
 A curve that turned out worse than it once was keeps away the requests that would show that it is
 good again. So while nobody uses it, it is told as better and better, until it is tried; then a
-single good sample is believed. Each trial that only confirms it doubles the time to the next.
+single good sample is believed. Each trial that only confirms it doubles the time to the next. With
+a `retry_s` of None nothing is tried again.
 """
 
 from collections import deque
 from collections.abc import Sequence
+from math import inf
 
 from kv.curve import LinkCurve, PrefillCurve, PrefillSample, TransferSample
 from kv.refit import SHIFT_AFTER, Vector, begin, observe
@@ -28,12 +30,17 @@ class _Live:
     """One curve by its terms. Times are seconds of any one clock."""
 
     def __init__(
-        self, coefficients: Sequence[float], typical: Sequence[float], alike: bool
+        self,
+        coefficients: Sequence[float],
+        typical: Sequence[float],
+        alike: bool,
+        retry_s: float | None,
     ) -> None:
         self._fit = begin(coefficients, typical, alike)
         self._best = tuple(coefficients)
         self._best_s = self._fit.typical_s
-        self._seen_at_s, self._retry_s = 0.0, RETRY_S
+        self._first_retry_s = inf if retry_s is None else retry_s
+        self._seen_at_s, self._retry_s = 0.0, self._first_retry_s
         self.samples = 0
         self.points: deque[Point] = deque(maxlen=KEPT)
 
@@ -45,7 +52,7 @@ class _Live:
     @property
     def fades(self) -> bool:
         """Whether what is told of it changes while nothing is seen."""
-        return self._fit.seconds(self._fit.terms) > WORSE * self._best_s
+        return self._retry_s < inf and self._fit.seconds(self._fit.terms) > WORSE * self._best_s
 
     def _saw(self, terms: Vector, seconds: float, now_s: float) -> None:
         before, fit = self._fit, self._fit
@@ -55,9 +62,9 @@ class _Live:
         self.samples += 1
         self.points.append((terms, seconds))
         if fit.shifts != before.shifts:
-            self._retry_s = RETRY_S
+            self._retry_s = self._first_retry_s
         elif idle:
-            self._retry_s = min(MOST_RETRY_S, 2.0 * self._retry_s)
+            self._retry_s = max(self._first_retry_s, min(MOST_RETRY_S, 2.0 * self._retry_s))
         self._seen_at_s = now_s
         typical_s = fit.seconds(fit.terms)
         nearer = 1.0
@@ -79,9 +86,10 @@ class _Live:
 class LivePrefill(_Live):
     """What prefilling costs one replica. Raises CurveError for a curve that costs nothing."""
 
-    def __init__(self, measured: PrefillCurve) -> None:
+    def __init__(self, measured: PrefillCurve, retry_s: float | None = RETRY_S) -> None:
         coefficients = (measured.base_s, measured.per_token_s, measured.per_token2_s)
-        super().__init__(coefficients, _prefill_terms(TYPICAL_TOKENS, 0), alike=True)
+        typical = _prefill_terms(TYPICAL_TOKENS, 0)
+        super().__init__(coefficients, typical, alike=True, retry_s=retry_s)
 
     def saw(self, sample: PrefillSample, now_s: float) -> None:
         """One prefill took so long."""
@@ -104,9 +112,12 @@ class LiveLink(_Live):
     """What moving bytes over one link costs; `typical_bytes` are many. Raises CurveError for a
     curve that costs nothing."""
 
-    def __init__(self, measured: LinkCurve, typical_bytes: int) -> None:
+    def __init__(
+        self, measured: LinkCurve, typical_bytes: int, retry_s: float | None = RETRY_S
+    ) -> None:
         coefficients = (measured.latency_s, measured.per_byte_s)
-        super().__init__(coefficients, (1.0, float(typical_bytes)), alike=False)
+        typical = (1.0, float(typical_bytes))
+        super().__init__(coefficients, typical, alike=False, retry_s=retry_s)
 
     def saw(self, sample: TransferSample, now_s: float) -> None:
         """One transfer took so long."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import msgspec
 
 from kv.block import pack_tokens
+from kv.live import RETRY_S
 from router.catalogue.holdings import Expectations, deepest
 from router.catalogue.wire import Expect, Found, Line
 from router.curve_book import Book
@@ -38,16 +39,17 @@ class Fleet:
         rng: random.Random,
         expects_prefill: bool,
         book: Book = _NOTHING_KEPT,
+        retry_s: float | None = RETRY_S,
     ) -> None:
         self._connect, self.line, self._now, self._random = connect, line, now, rng
         self._expects_prefill, self._body = expects_prefill, warm_body
         self.roster = Roster(directory, self, now)
-        self.pairs = Pairs(warm_body, rng, book.links)
+        self.pairs = Pairs(warm_body, rng, book.links, retry_s)
         # Totals of replicas that left, by their lanes.
         self.retired: dict[tuple[str, ...], Totals] = {}
         self._expected = Expectations()
         self._pools = Pools(self.roster.by_name, self._expected.taken)
-        self.speeds = Speeds(book.prefill)
+        self.speeds = Speeds(book.prefill, retry_s)
         self.refit = Refit(self.roster.member, self.speeds, self.pairs, self._pools, now)
         self._named = 0
         self._seen_pair = self._seen_catalogue = False

@@ -85,8 +85,8 @@ class Ingress:
 
         self._curves = Path(settings.curves_file) if settings.curves_file else None
         book = curve_book.read(self._curves) if self._curves else curve_book.Book()
-        expects = settings.expects_prefill
-        self.fleet = Fleet(directory, link, line, warm_body(), now, random.Random(), expects, book)
+        rng, expects, retry_s = random.Random(), settings.expects_prefill, settings.retry_s
+        self.fleet = Fleet(directory, link, line, warm_body(), now, rng, expects, book, retry_s)
         registry = CollectorRegistry()
         registry.register(FleetMetrics(self.fleet))
         registry.register(vault)
@@ -103,6 +103,7 @@ class Ingress:
             settings.compute_price,
             settings.session_slack,
             settings.fetch_tokens,
+            settings.overrun,
         )
         planner = Planner(self.fleet, prices, self._in_force.order)
         pipeline = Pipeline(self.fleet, planner, shadow, self._admission, audit, now)

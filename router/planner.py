@@ -23,6 +23,7 @@ class Prices:
     compute_price: float = 0.1
     session_slack: float = 0.1
     fetch_tokens: int = 512
+    overrun: float = 2.0
 
 
 class Planner:
@@ -53,6 +54,7 @@ class Planner:
             session_slack=self._prices.session_slack,
             ticket=next(self._tickets),
             fetch_tokens=self._prices.fetch_tokens,
+            overrun=self._prices.overrun,
         )
         order = self._order()
         plan = CHOOSE[order.policy](question)

@@ -3,6 +3,7 @@
 import msgspec
 
 from kv.codecs.codec import CodecName
+from kv.live import RETRY_S
 from router.policy import Policy
 
 
@@ -31,6 +32,8 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     compute_price: float = 0.1
     session_slack: float = 0.1
     fetch_tokens: int = 512
+    overrun: float = 2.0
+    retry_s: float | None = RETRY_S
     drain_s: float = 30.0
     request_timeout_s: float | None = None
     keys_file: str | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from kv.curve import PrefillCurve, PrefillSample, fit_prefill
-from kv.live import TYPICAL_TOKENS, LivePrefill
+from kv.live import RETRY_S, TYPICAL_TOKENS, LivePrefill
 from router.curve_book import LEAST_SAMPLES, KeptPrefill
 from workers.messages import Replica
 
@@ -53,10 +53,14 @@ def speed_of(replica: Replica) -> Speed:
 class Speeds:
     """Remembers the best of each kind of replica, those that are gone included, and what requests
     told of each replica that is there. Times are seconds of any one clock; `kept` is what earlier
-    clusters knew, by hardware."""
+    clusters knew, by hardware, and `retry_s` is `kv.live`'s."""
 
-    def __init__(self, kept: Mapping[str, KeptPrefill] = NOTHING_KEPT) -> None:
-        self._kept = kept
+    def __init__(
+        self,
+        kept: Mapping[str, KeptPrefill] = NOTHING_KEPT,
+        retry_s: float | None = RETRY_S,
+    ) -> None:
+        self._kept, self._retry_s = kept, retry_s
         self._best: dict[tuple[str, ...], _Best] = {}
         self._measured: dict[tuple[str, ...], Speed] = {}
         self._live: dict[str, LivePrefill] = {}
@@ -78,7 +82,7 @@ class Speeds:
         live = self._live.get(replica.epoch)
         if live is None:
             measured = self._measured[_kind(replica)].curve
-            live = self._live[replica.epoch] = LivePrefill(measured)
+            live = self._live[replica.epoch] = LivePrefill(measured, self._retry_s)
         live.saw(sample, now_s)
 
     def of(self, replica: Replica, now_s: float) -> Speed:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from kv.block import pack_tokens
 from kv.curve import LinkCurve, TransferSample, fit_link
 from kv.errors import KVError
-from kv.live import TYPICAL_TOKENS, LiveLink
+from kv.live import RETRY_S, TYPICAL_TOKENS, LiveLink
 from router.curve_book import LEAST_SAMPLES, KeptLink
 from router.member import Member
 from workers.errors import ReplicaLostError, WorkerError
@@ -39,9 +39,13 @@ class Pairs:
     is what earlier clusters knew of links, by what they join."""
 
     def __init__(
-        self, body: bytes, rng: random.Random, kept: Mapping[str, KeptLink] = NOTHING_KEPT
+        self,
+        body: bytes,
+        rng: random.Random,
+        kept: Mapping[str, KeptLink] = NOTHING_KEPT,
+        retry_s: float | None = RETRY_S,
     ) -> None:
-        self._body, self._random, self._kept = body, rng, kept
+        self._body, self._random, self._kept, self._retry_s = body, rng, kept, retry_s
         # One introduction at a time for a replica: two would time each other.
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._links: dict[tuple[str, str], LinkCurve] = {}
@@ -122,7 +126,7 @@ class Pairs:
             typical_bytes = TYPICAL_TOKENS * decode.replica.kv_bytes_per_token
             if (kept := self._kept.get(joined(prefill, decode))) is not None:
                 curve = min(curve, kept.curve(), key=lambda each: each.seconds(typical_bytes))
-            self._live[pair] = LiveLink(curve, typical_bytes)
+            self._live[pair] = LiveLink(curve, typical_bytes, self._retry_s)
             self._links = {**self._links, pair: curve}
 
     async def _measure(self, prefill: Member, decode: Member) -> LinkCurve:

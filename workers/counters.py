@@ -10,6 +10,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
 from kv.fetch import GUESSES, FetchCost
+from kv.live import RETRY_S
 from workers.messages import Delta, Sources, Spent, Totals
 from workers.tiers import TIERED_CONNECTOR, VAULT_STORED_BYTES
 
@@ -62,12 +63,14 @@ def with_tiers(sources: Sources, loaded: Mapping[CacheHitSource, int] | None) ->
 
 
 class Counters:
-    """Totals, and the curves of an engine's tiers."""
+    """Totals, and the curves of an engine's tiers; `retry_s` is `kv.live`'s."""
 
-    def __init__(self, tiers: tuple[Tier, ...], now: Callable[[], float]) -> None:
+    def __init__(
+        self, tiers: tuple[Tier, ...], now: Callable[[], float], retry_s: float | None = RETRY_S
+    ) -> None:
         self._counts: dict[str, float] = {}
         self._now = now
-        self._costs = {tier: FetchCost(GUESSES[tier]) for tier in tiers}
+        self._costs = {tier: FetchCost(GUESSES[tier], retry_s) for tier in tiers}
 
     def _add(self, name: str, amount: float) -> None:
         self._counts[name] = self._counts.get(name, 0) + amount

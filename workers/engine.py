@@ -29,6 +29,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from kv.catalogue import Tier
 from kv.errors import DiskError
 from kv.geometry import Geometry
+from kv.live import RETRY_S
 from kv.plan import Hints
 from kv.salt import tag_of
 from workers import erasure, pages, work
@@ -63,9 +64,15 @@ class StepReport:
 
 
 class Engine:
-    """A running engine. `add` and `abort` may be called from one other thread."""
+    """A running engine. `add` and `abort` may be called from one other thread. Tiers that became
+    slow are tried again after about `retry_s` (`kv.live`)."""
 
-    def __init__(self, config: VllmConfig, listener: Callable[[StepReport], None]) -> None:
+    def __init__(
+        self,
+        config: VllmConfig,
+        listener: Callable[[StepReport], None],
+        retry_s: float | None = RETRY_S,
+    ) -> None:
         self._core = EngineCore(config, Executor.get_class(config), log_stats=True)
         self._scheduler: Any = self._core.scheduler
         self._world_size: int = config.parallel_config.world_size
@@ -94,7 +101,7 @@ class Engine:
         self._trusted_s = _trusted_s(config)
         behind = () if self._tiers is None else self._tiers.behind()
         self._behind: tuple[Tier, ...] = behind
-        self._totals = Counters(behind, time.monotonic)
+        self._totals = Counters(behind, time.monotonic, retry_s)
         self._prompt_tokens: dict[str, int] = {}
         self.failure: BaseException | None = None
         self._stepped_at, self._idle = time.monotonic(), True

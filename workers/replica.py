@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from kv.curve import PrefillSample, fit_prefill
+from kv.live import RETRY_S
 from workers import connector, lanes
 from workers.curve import ClientKeys, ServerKeys
 from workers.errors import EngineDeadError, EngineOptionError, EngineStartError
@@ -44,6 +45,7 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     probe_s: float = 4.0
     seed: int = 0
     tiers: Tiers = Tiers()
+    retry_s: float | None = RETRY_S
     vault_keys: ClientKeys | None = None
     peer_keys: PeerKeys | None = None
 
@@ -81,7 +83,7 @@ class ReplicaProcess:
             settings.role, current_platform.device_type, settings.lease_s
         )
         config = options.engine_config(parsed, self._with_tiers(transfer), events=True)
-        self._engine = Engine(config, self._server.report)
+        self._engine = Engine(config, self._server.report, settings.retry_s)
         keys = settings.peer_keys
         peer_address = "" if keys is None else self._engine.open_peers(settings.host, keys)
         samples, step_s = probe(self._engine.core, settings.probe_s, settings.seed)

@@ -39,6 +39,8 @@ from router.policy.session import preferred
 
 # Plans that were not chosen and are kept for the audit.
 MAX_RIVALS = 3
+# A fetch is not late before this: an engine may be in the midst of a step for as long.
+LEAST_PATIENCE_S = 0.1
 # Costs nearer than this ratio are equal: they differ by the order of additions.
 TIE = 1e-9
 
@@ -300,8 +302,11 @@ def _own_hints(question: Question, prices: _Prices, best: int, spans: tuple[Span
         return replace(UNHINTED, deadline_s=float(prices.compute_s[at]))
     start, end = fetches[0].start_token, fetches[-1].end_token
     curve = columns.loads[: PER_TOKEN2_S + 1, at]
-    saved_s = curve[PER_TOKEN_S] * (end - start) + curve[PER_TOKEN2_S] * (end**2 - start**2)
+    saved_s = float(curve[PER_TOKEN_S] * (end - start) + curve[PER_TOKEN2_S] * (end**2 - start**2))
     # By then computing would have been done: who waits no longer than that pays twice at most.
     if columns.loads[UNNAMED, at]:  # a tier whose blocks have no names here may have more
-        return replace(UNHINTED, deadline_s=float(saved_s))
-    return Hints(end, tuple(span.tier for span in fetches if span.tier), float(saved_s))
+        return replace(UNHINTED, deadline_s=saved_s)
+    assert prices.taken is not None
+    late_s = max(LEAST_PATIENCE_S, question.overrun * float(prices.taken.seconds[at]))
+    deadline_s = min(late_s, max(LEAST_PATIENCE_S, saved_s))
+    return Hints(end, tuple(span.tier for span in fetches if span.tier), deadline_s)

@@ -14,7 +14,8 @@ class Question:
     many seconds of waiting a second of computing is worth. `affinity` names the session that the
     request belongs to; its turns keep to one decode replica among plans that cost no more than
     the best and a ratio of `session_slack`. `ticket` grows by one from question to question.
-    `fetch_tokens` is the constant of the policy `threshold`.
+    `fetch_tokens` is the constant of the policy `threshold`. A fetch that takes `overrun` times as
+    long as predicted is given up.
     """
 
     prompt_tokens: int
@@ -26,3 +27,4 @@ class Question:
     session_slack: float = 0.1
     ticket: int = 0
     fetch_tokens: int = 512
+    overrun: float = 2.0

@@ -49,6 +49,16 @@ def test_a_slow_link_that_nobody_uses_is_tried_again() -> None:
     assert told[4] > 0.95
 
 
+def test_nothing_is_tried_again_where_that_is_not_wanted() -> None:
+    """What became slow is told as slow for ever, and follows what is seen all the same."""
+    live = LiveLink(LINK, BYTES, None)
+    at_s = transfers(live, 4, 10.0, 0.0)
+    assert off(live, at_s + 1e6) == off(live, at_s) == pytest.approx(10.0, rel=0.1)
+    assert not live.fades
+    at_s = transfers(live, 4, 1.0, at_s + 1e6)
+    assert off(live, at_s) == pytest.approx(1.0, rel=0.1)
+
+
 def test_one_good_trial_is_believed() -> None:
     """A link that has recovered is used again after a single transfer."""
     live = LiveLink(LINK, BYTES)

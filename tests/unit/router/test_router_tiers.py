@@ -10,7 +10,7 @@ from kv.catalogue import Tier
 from kv.curve import LinkCurve, PrefillCurve
 from kv.plan import UNHINTED, Hints, Plan, Reason, Shape, Source, Span
 from router.policy import least_loaded
-from router.policy.pair import Question, choose
+from router.policy.pair import LEAST_PATIENCE_S, Question, choose
 from router.snapshot import ReplicaView, Snapshot, TierView
 
 # 1,000 tokens take about 0.5 s to compute, 0.01 s to fetch from host memory, 0.1 s from disk.
@@ -69,11 +69,21 @@ def test_what_left_the_device_is_fetched_behind_what_is_there() -> None:
     assert "; hit=320@decode-0 fetch=640@decode-0/host fetch=640@decode-0/disk " in plan.header()
 
 
-def test_a_deadline_is_what_computing_would_take() -> None:
-    """Whoever waits until then, and computes after all, has spent twice the time at most."""
-    plan = plan_of(2000, [], [{"tiers": tiers(host=1600)}])
-    saved_s = CURVE.seconds(2000, 0) - CURVE.seconds(400, 1600)
-    assert plan.hints.deadline_s == pytest.approx(saved_s)
+@pytest.mark.parametrize(
+    ("predicted_s", "overrun", "deadline_s"),
+    [(0.3, 2.0, 0.6), (0.3, 3.0, 0.9), (0.7, 2.0, 1.0), (0.01, 2.0, LEAST_PATIENCE_S)],
+)
+def test_a_fetch_is_late_by_its_prediction(
+    predicted_s: float, overrun: float, deadline_s: float
+) -> None:
+    """By so many times, but no later than computing would be done: whoever computes after all has
+    spent twice the time at most. And no sooner than an engine looks."""
+    curve = LinkCurve(0.0, predicted_s / (1600 * TOKEN_BYTES))
+    computing = PrefillCurve(0.0, 1.0 / 1600, 0.0)  # what the tier has takes 1 s
+    held = {"curve": computing, "tiers": tiers(disk=1600, disk_curve=curve)}
+    plan = choose(replace(question(2000, [], [held]), overrun=overrun))
+    assert plan.predicted_ttft_s == pytest.approx(predicted_s + 0.25)
+    assert plan.hints.deadline_s == pytest.approx(deadline_s)
 
 
 def test_a_tier_that_is_slower_than_computing_is_not_used() -> None:
