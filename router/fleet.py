@@ -50,7 +50,7 @@ class Fleet:
         self._expected = Expectations()
         self._pools = Pools(self.roster.by_name, self._expected.taken)
         self.speeds = Speeds(book.prefill, retry_s)
-        self.refit = Refit(self.roster.member, self.speeds, self.pairs, self._pools, now)
+        self.refit = Refit(self.roster, self.speeds, self.pairs, self._pools, now)
         self._named = 0
         self._seen_pair = self._seen_catalogue = False
 

@@ -12,6 +12,7 @@ from kv.plan import Plan
 from router.audit import Record
 from router.member import Member
 from router.pools import Pair, Pools
+from router.roster import Roster
 from router.samples import link_sample, prefill_sample
 from router.speed import Speeds
 from router.warm import Pairs
@@ -22,17 +23,17 @@ _AFTER_S = 0.01
 
 
 class Refit:
-    """Of one ingress, over its members by name."""
+    """Of one ingress, over those that its roster knows."""
 
     def __init__(
         self,
-        member: Callable[[str], Member | None],
+        roster: Roster,
         speeds: Speeds,
         pairs: Pairs,
         pools: Pools,
         now: Callable[[], float],
     ) -> None:
-        self._member, self._now = member, now
+        self._roster, self._now = roster, now
         self._speeds, self._pairs, self._pools = speeds, pairs, pools
         self._slow: set[str] = set()
 
@@ -42,11 +43,13 @@ class Refit:
 
     def learn(self, plan: Plan, record: Record) -> None:
         """What whoever computed took to compute, and what the handoff took, if there was one."""
-        decode = self._member(plan.decode)
+        decode = self._roster.member(plan.decode)
         if plan.prefill is None:
             self.computed(decode, record.decode_sources, record.decode_spent)
             return
-        self.computed(self._member(plan.prefill), record.prefill_sources, record.prefill_spent)
+        self.computed(
+            self._roster.member(plan.prefill), record.prefill_sources, record.prefill_spent
+        )
         if decode is not None and record.decode_spent is not None:
             self.handed_off((plan.prefill, plan.decode), decode, record.decode_spent)
 
@@ -54,7 +57,7 @@ class Refit:
         """Bring what changes with time alone up to date (`kv.live`)."""
         for name in list(self._slow):
             self._slow.discard(name)
-            if (member := self._member(name)) is not None:
+            if (member := self._roster.member(name)) is not None:
                 self._tell(member)
         for pair in self._pairs.fading():
             self._tell_link(pair)
@@ -65,8 +68,9 @@ class Refit:
             return
         sample = prefill_sample(sources, spent)
         if sample is not None:
-            self._speeds.saw(member.replica, sample, self._now())
-            self._tell(member)
+            alike = self._speeds.saw(member.replica, sample, self._now())
+            for each in self._roster.members() if alike else (member,):
+                self._tell(each)
 
     def handed_off(self, pair: Pair, decode: Member, spent: Spent) -> None:
         """Learn from a handoff that a decode replica took."""

@@ -15,6 +15,9 @@ from router.curve_book import LEAST_SAMPLES, KeptPrefill
 from workers.messages import Replica
 
 NOTHING_KEPT: Mapping[str, KeptPrefill] = MappingProxyType({})
+# From so many requests on, one that is so many times as fast as was known tells of its kind:
+# nothing makes an engine faster than it is.
+_SHARED_AFTER, _SHARED = 3, 1.1
 # (new tokens, cached tokens)
 _At = tuple[int, int]
 
@@ -63,6 +66,7 @@ class Speeds:
         self._kept, self._retry_s = kept, retry_s
         self._best: dict[tuple[str, ...], _Best] = {}
         self._measured: dict[tuple[str, ...], Speed] = {}
+        self._shared: dict[tuple[str, ...], PrefillCurve] = {}
         self._live: dict[str, LivePrefill] = {}
 
     def learn(self, replica: Replica) -> None:
@@ -70,20 +74,25 @@ class Speeds:
         speed_of(replica)
         kind = _kind(replica)
         best = self._best[kind] = self._best.get(kind, _Best()).with_(replica)
-        measured = self._measured[kind] = best.speed()
-        kept = self._kept.get(replica.hardware)
-        if kept is not None:
-            curves = (measured.curve, kept.curve())
-            cheaper = min(curves, key=lambda curve: curve.seconds(TYPICAL_TOKENS, 0))
-            self._measured[kind] = replace(measured, curve=cheaper)
+        measured, kept = best.speed(), self._kept.get(replica.hardware)
+        known = (self._shared.get(kind), None if kept is None else kept.curve())
+        curves = (measured.curve, *(curve for curve in known if curve is not None))
+        self._measured[kind] = replace(measured, curve=min(curves, key=_typical_s))
 
-    def saw(self, replica: Replica, sample: PrefillSample, now_s: float) -> None:
-        """One request's prefill on a replica that was learned."""
-        live = self._live.get(replica.epoch)
+    def saw(self, replica: Replica, sample: PrefillSample, now_s: float) -> bool:
+        """One request's prefill on a replica that was learned; whether it shows that all of its
+        kind are faster than was known, which holds for those of which no request has told."""
+        kind, live = _kind(replica), self._live.get(replica.epoch)
+        measured = self._measured[kind]
         if live is None:
-            measured = self._measured[_kind(replica)].curve
-            live = self._live[replica.epoch] = LivePrefill(measured, self._retry_s)
+            live = self._live[replica.epoch] = LivePrefill(measured.curve, self._retry_s)
         live.saw(sample, now_s)
+        curve = live.curve(now_s)
+        if live.samples < _SHARED_AFTER or _SHARED * _typical_s(curve) > _typical_s(measured.curve):
+            return False
+        self._shared[kind] = curve
+        self._measured[kind] = replace(measured, curve=curve)
+        return True
 
     def of(self, replica: Replica, now_s: float) -> Speed:
         """How fast a replica is that was learned."""
@@ -112,3 +121,7 @@ class Speeds:
 def _kind(replica: Replica) -> tuple[str, ...]:
     """Replicas of one kind are equally fast; one that does not say what it runs on is alone."""
     return (replica.model, replica.hardware) if replica.hardware else (replica.epoch,)
+
+
+def _typical_s(curve: PrefillCurve) -> float:
+    return curve.seconds(TYPICAL_TOKENS, 0)

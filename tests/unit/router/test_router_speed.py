@@ -85,3 +85,21 @@ def test_a_probe_that_comes_later_does_not_overrule_requests() -> None:
     before = speeds.of(replica, 4.0).curve
     speeds.learn(msgspec.structs.replace(_slowed(1.0), epoch="b"))
     assert speeds.of(replica, 4.0).curve == before
+
+
+def test_what_requests_told_of_one_holds_for_all_of_its_kind_that_are_unknown() -> None:
+    """A probe on busy cores was wrong of all; a replica that requests told of keeps its own, and
+    one that is slower tells nothing of others."""
+    speeds = Speeds()
+    first, idle, slow = (msgspec.structs.replace(_slowed(2.0), epoch=name) for name in "abc")
+    for replica in (first, idle, slow):
+        speeds.learn(replica)
+    sample = PrefillSample(900, 0, 3.0 * COSTS.prefill.seconds(900, 0))
+    assert not any(speeds.saw(slow, sample, float(n)) for n in range(5))
+    known = speeds.of(slow, 4.0)
+    sample = PrefillSample(900, 0, COSTS.prefill.seconds(900, 0))
+    assert any([speeds.saw(first, sample, float(n)) for n in range(5)])  # noqa: C419
+    assert speeds.of(idle, 4.0).curve.seconds(900, 0) == pytest.approx(sample.seconds, rel=0.2)
+    assert speeds.of(slow, 4.0) == known
+    speeds.learn(msgspec.structs.replace(_slowed(2.0), epoch="d"))
+    assert speeds.of(idle, 4.0).curve.seconds(900, 0) == pytest.approx(sample.seconds, rel=0.2)
