@@ -13,7 +13,7 @@ from router.audit import Record
 from router.member import Member
 from router.pools import Pair, Pools
 from router.roster import Roster
-from router.samples import link_sample, prefill_sample
+from router.samples import handoff_of, link_sample, prefill_sample
 from router.speed import Speeds
 from router.warm import Pairs
 from workers.messages import Sources, Spent
@@ -50,8 +50,9 @@ class Refit:
         self.computed(
             self._roster.member(plan.prefill), record.prefill_sources, record.prefill_spent
         )
-        if decode is not None and record.decode_spent is not None:
-            self.handed_off((plan.prefill, plan.decode), decode, record.decode_spent)
+        pair = handoff_of(plan)
+        if pair is not None and decode is not None and record.decode_spent is not None:
+            self.handed_off(pair, decode, record.decode_spent)
 
     def fade(self) -> None:
         """Bring what changes with time alone up to date (`kv.live`)."""

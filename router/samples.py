@@ -5,6 +5,7 @@ request are in part another's.
 """
 
 from kv.curve import LinkCurve, PrefillCurve, PrefillSample, TransferSample
+from kv.plan import Plan, Shape
 from workers.messages import Sources, Spent
 
 # Of the prompt tokens that an engine computed meanwhile, the least that must be a request's own.
@@ -22,6 +23,14 @@ def prefill_sample(sources: Sources, spent: Spent) -> PrefillSample | None:
     if share < _LEAST_OWN or (spent.loaded_bytes and spent.others_tokens):
         return None
     return PrefillSample(own, cached, spent.computing_s * share)
+
+
+def handoff_of(plan: Plan) -> tuple[str, str] | None:
+    """The pair whose link a plan uses. In a split D waits for its tail too, and takes the head out
+    of a host tier."""
+    if plan.prefill is None or plan.shape is Shape.SPLIT:
+        return None
+    return plan.prefill, plan.decode
 
 
 def link_sample(

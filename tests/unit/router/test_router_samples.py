@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv.curve import LinkCurve, PrefillCurve, PrefillSample, TransferSample
-from router.samples import link_sample, prefill_sample
+from kv.plan import Plan, Reason, Shape, Source, Span
+from router.samples import handoff_of, link_sample, prefill_sample
 from workers.messages import Sources, Spent
 
 PROMPT = Sources(1000, 600, 400, 0)
@@ -89,3 +90,21 @@ def test_a_sample_never_takes_longer_than_the_request(
         assert (sample.new_tokens, sample.cached_tokens) == (own, cached)
     else:
         assert others > own
+
+
+@pytest.mark.parametrize(
+    ("shape", "prefill", "pair"),
+    [
+        (Shape.LOCAL, None, None),
+        (Shape.REMOTE, "p", ("p", "d")),
+        (Shape.FETCH_REMOTE, "p", ("p", "d")),
+        (Shape.SPLIT, "p", None),
+    ],
+)
+def test_a_split_says_nothing_of_a_link(
+    shape: Shape, prefill: str | None, pair: tuple[str, str] | None
+) -> None:
+    """Its decode replica waited for a tier as well, so its seconds are no handoff's."""
+    spans = (Span(Source.COMPUTE, 0, 100, prefill or "d"),)
+    plan = Plan(shape, Reason.OVERLAP, prefill, "d", spans, 1.0, 1.0, ())
+    assert handoff_of(plan) == pair
