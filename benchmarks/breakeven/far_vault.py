@@ -1,8 +1,9 @@
-"""A cluster whose vault is on another node than the engine that answers, behind a shaped link.
+"""A cluster whose vault is on another node than its engines, behind a shaped link.
 
-Before each request the engine drops all that it caches, and what it stores from the last one has
+Before each request the engines drop all that they cache, and what they store from the last one has
 crossed the link: the vault is the only place to fetch from. Prompts are token ids, and one token is
-asked for.
+asked for. There is one request at a time, so no streams are taken to run beside it, and what became
+slow is not tried again unless that is what is measured.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from benchmarks.result import ROOT
 from cluster.config import cache_dir
 from cluster.verdicts import FILE as VERDICTS
 
-DECODE, BLOCK_TOKENS = "decode-0", 32
+ENGINES, BLOCK_TOKENS = ("decode-0", "prefill-0"), 32
 RAW = "raw"
 # Fetches after a link has changed, so that curves know it before anything is measured.
 _LEARNING, _LEARNING_TOKENS = 4, 1024
@@ -82,7 +83,7 @@ class FarVault:
         seen."""
         cluster = self._cluster
         cluster.post("/admin/policy", {"policy": policy})
-        cluster.reset(DECODE)
+        cluster.reset(*ENGINES)
         cluster.await_quiet()
         prompt = self._prefix[:prefix_tokens] + self._tokens(suffix_tokens)
         seconds = self._complete(prompt, codec)
@@ -130,9 +131,12 @@ class FarVault:
 
 
 @contextlib.contextmanager
-def far_vault(way: Way, room: Room, quick: bool) -> Iterator[FarVault]:
-    """A cluster of this way's delay, whose vault holds nothing yet; its rate is set by `limit`."""
-    sections = _sections(room)
+def far_vault(
+    way: Way, room: Room, quick: bool, retry_s: float | None = None
+) -> Iterator[FarVault]:
+    """A cluster of this way's delay, whose vault holds nothing yet; its rate is set by `limit`.
+    `retry_s` is the router's."""
+    sections = {**_sections(room), "router": {"assumed_streams": 0, "retry_s": retry_s}}
     cache = _verdicts(sections) if len(room.codecs) > 1 else {}
     shape = Shape(None, way.delay_s)
     with linked(shape, sections, model(quick), cache, way.together) as cluster:
@@ -150,10 +154,11 @@ def by_cluster(ways: Sequence[Way]) -> list[tuple[Way, ...]]:
 def _sections(room: Room) -> dict[str, Any]:
     lossy = [codec for codec in room.codecs if codec != RAW]
     return {
-        "prefill": {"replicas": 0},
+        "prefill": {"replicas": 1, "resources": {"near": 1}, "surge": False},
         "decode": {"replicas": 1, "resources": {"near": 1}, "surge": False},
         "tiers": {
             "host": {"bytes": room.host_bytes},
+            "peer": {},
             "vault": {
                 "shards": 1,
                 "memory_bytes": room.vault_bytes,

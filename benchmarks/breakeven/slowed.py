@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.breakeven.cells import COMPUTE, FETCH, OURS
 from benchmarks.breakeven.far_vault import RAW, FarVault, Room, Way, far_vault
 from benchmarks.result import Row, Store, at_most, shown
+from kv.live import RETRY_S
 
 _SUFFIX_TOKENS = 32
 
@@ -42,7 +43,7 @@ def measure(quick: bool) -> list[Row]:
     size, store = QUICK if quick else FULL, Store(__file__, quick)
     keys = [f"repeat-{number}" for number in range(size.repeats)]
     if any(key not in store for key in keys):
-        with far_vault(Way("changing"), size.room, quick) as vault:
+        with far_vault(Way("changing"), size.room, quick, RETRY_S) as vault:
             vault.store(RAW)
             for key in keys:
                 store.get(key, partial(_repeat, vault, size))

@@ -102,19 +102,21 @@ class LinkedCluster:
         ]
         return int(numbers[0]) + int(numbers[8])
 
-    def reset(self, replica: str) -> None:
-        """Have a replica drop what it caches, and return once the catalogue knows; the vault keeps
-        what it has. Raises RuntimeError where it does not."""
+    def reset(self, *names: str) -> None:
+        """Have these replicas drop what they cache, and return once the catalogue knows; the vault
+        keeps what it has. Raises RuntimeError where one does not."""
         deadline_s = time.monotonic() + _RESET_S
         while True:
-            self.post("/admin/reset", {"replica": replica})
+            for name in names:
+                self.post("/admin/reset", {"replica": name})
             time.sleep(_BEATS_S)
-            row = self.replicas()[replica]
-            host_blocks = row["tiers"].get("host", {}).get("blocks", 0)
-            if not row["cached_blocks"] + host_blocks:
+            holding = [
+                row for name, row in self.replicas().items() if name in names and _holds(row)
+            ]
+            if not holding:
                 return
             if time.monotonic() > deadline_s:
-                raise RuntimeError(f"{replica} goes on holding blocks: {row}")
+                raise RuntimeError(f"blocks are held on to: {holding}")
 
 
 @contextlib.contextmanager
@@ -152,6 +154,11 @@ def linked(
             yield LinkedCluster(link, near, far, folder, together)
         finally:
             _end(serving)
+
+
+def _holds(row: Mapping[str, Any]) -> int:
+    """Blocks of its own that a replica has."""
+    return int(row["cached_blocks"] + row["tiers"].get("host", {}).get("blocks", 0))
 
 
 def _sections(
