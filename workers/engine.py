@@ -48,8 +48,10 @@ from workers.vault.tier import VaultTier
 logger = init_logger(__name__)
 
 # Pauses between steps that computed nothing: short while a request waits for KV in flight (it is
-# on that request's path), longer while only finished prefills wait to be read.
-_WAITING_PAUSE_S = 0.001
+# on that request's path), longer while only finished prefills wait to be read. Looking every
+# millisecond costs a core that somebody else may compute with, so who has waited for long is
+# looked at after a share of that. Orders end a pause.
+_WAITING_PAUSE_S, _MOST_PAUSE_S, _PAUSE_SHARE = 0.001, 0.01, 0.02
 _LEASED_PAUSE_S = 0.005
 _RECEIVING = (RequestStatus.WAITING_FOR_REMOTE_KVS,)
 
@@ -105,6 +107,7 @@ class Engine:
         self._prompt_tokens: dict[str, int] = {}
         self.failure: BaseException | None = None
         self._stepped_at, self._idle = time.monotonic(), True
+        self._computed_at, self._pause_s = self._stepped_at, 0.0
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     @property
@@ -213,11 +216,14 @@ class Engine:
                 self._drop_doubtful()
             self._idle = not self._scheduler.has_requests() and not self._core.batch_queue
             try:
-                order = self._orders.get(block=self._idle)
+                order = self._orders.get(timeout=None if self._idle else self._pause_s)
             except queue.Empty:
+                self._pause_s = 0.0
                 return True
+            self._pause_s = 0.0
             if self._idle:
                 self._stepped_at, self._idle = time.monotonic(), False
+                self._computed_at = self._stepped_at
             if order is None:
                 return False
             order()
@@ -229,9 +235,13 @@ class Engine:
         outputs, executed = self._core.step_fn()
         self._core.post_step(executed)
         self._report(outputs or {})
+        if not executed and self._scheduler.has_unfinished_requests():
+            waited_s = time.monotonic() - self._computed_at
+            self._pause_s = min(_MOST_PAUSE_S, max(_WAITING_PAUSE_S, _PAUSE_SHARE * waited_s))
+            return
+        self._computed_at = time.monotonic()
         if not executed and self._scheduler.has_requests():
-            unfinished = self._scheduler.has_unfinished_requests()
-            time.sleep(_WAITING_PAUSE_S if unfinished else _LEASED_PAUSE_S)
+            self._pause_s = _LEASED_PAUSE_S
 
     def _drop_doubtful(self) -> None:
         """End the requests whose KV was on its way while this loop stood still: no heartbeat of
