@@ -123,12 +123,13 @@ class Fleet:
         """What the catalogue knows of these blocks; None while it cannot be asked."""
         return await self.line.look(b"".join(keys))
 
-    def snapshot(self, keys: Sequence[bytes], found: Found | None) -> Snapshot:
-        """What is routable now, with the depth to which each replica holds `keys`, or will."""
+    def snapshot(self, keys: Sequence[bytes], found: Found | None, lossy: bool = False) -> Snapshot:
+        """What is routable now, with the depth to which each replica holds `keys`, or will, for a
+        request that does, or does not, allow a lossy codec."""
         expected = self._expected.depths(keys)
         if found is not None and expected:
             found = msgspec.structs.replace(found, depths=deepest(found.depths, expected))
-        return self._pools.snapshot(found, self.pairs.links)
+        return self._pools.snapshot(found, self.pairs.links, lossy)
 
     @contextmanager
     def expecting(

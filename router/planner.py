@@ -44,9 +44,10 @@ class Planner:
         block_tokens = self._fleet.block_tokens()
         keys = _keys(request, block_tokens)
         found = await self._fleet.look(keys)
+        lossy = request.keep is not None and request.keep.codec is not None
         question = Question(
             prompt_tokens=request.prompt_tokens,
-            snapshot=self._fleet.snapshot(keys, found).without(avoid),
+            snapshot=self._fleet.snapshot(keys, found, lossy).without(avoid),
             assumed_streams=self._prices.assumed_streams,
             local_only=request.local_only,
             compute_price=self._prices.compute_price,

@@ -5,6 +5,7 @@ all rows when a replica came, went or drains; the columns of links when a pair w
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from router.catalogue.wire import Found, Taken
 from router.columns import TIER_ORDER, Columns, Floats, LinkColumns, TierColumns, load_of, loads_of
 from router.member import Member
 from router.snapshot import Pool, ReplicaView, Snapshot, TierTokens, TierView
-from workers.messages import Role, TierLoad
+from workers.messages import LossyLoad, Role, TierLoad
 
 NOTHING = Taken()
 _NONE_HELD: TierTokens = {}
@@ -35,6 +36,7 @@ class Pools:
         self._names: tuple[str, ...] = ()
         self._epochs: tuple[str, ...] = ()
         self._places: dict[str, int] = {}
+        self._nodes: dict[str, list[Member]] = {}
         self._n_decode = 0
         self._block_tokens, self._kv_bytes_per_token = 1, 0
         self._loads = loads_of(())
@@ -49,9 +51,10 @@ class Pools:
         if self._shown(name) is not self._routable(name):
             self._moved = True
         elif name in self._places and not self._moved:
-            place, row = self._places[name], self._row(self._members[name])
-            self._rows[place] = row
-            self._loads[:, place] = load_of(row)
+            before = self._rows[self._places[name]].tiers
+            self._set(self._members[name])
+            if _fetches(member) or self._rows[self._places[name]].tiers != before:
+                self._tell_strangers(member.replica.node)
 
     def relink(
         self, pair: Pair, before: Mapping[Pair, LinkCurve], curves: Mapping[Pair, LinkCurve]
@@ -66,10 +69,13 @@ class Pools:
         self._links.latency_s[at] = curves[pair].latency_s
         self._links.per_byte_s[at] = curves[pair].per_byte_s
 
-    def snapshot(self, found: Found | None, curves: Mapping[Pair, LinkCurve]) -> Snapshot:
+    def snapshot(
+        self, found: Found | None, curves: Mapping[Pair, LinkCurve], lossy: bool = False
+    ) -> Snapshot:
         """What is routable now; `found` is what the catalogue and this ingress know of the prompt.
 
-        `curves` are the warmed links, a new mapping whenever one has changed.
+        `curves` are the warmed links, a new mapping whenever one has changed. A `lossy` request
+        allows its stored blocks to be.
         """
         if self._moved:
             self._rebuild()
@@ -85,10 +91,10 @@ class Pools:
         held, tiers = _NONE_HELD, None
         if found is not None and found.tiers:
             held = self._held(found.tiers)
-            tiers = _tier_columns(rows, held)
+            tiers = _tier_columns(rows, held, lossy)
         return Snapshot(
-            prefill=Pool(rows[n_decode:], hit_tokens[n_decode:], held, n_decode),
-            decode=Pool(rows[:n_decode], hit_tokens[:n_decode], held),
+            prefill=Pool(rows[n_decode:], hit_tokens[n_decode:], held, n_decode, lossy),
+            decode=Pool(rows[:n_decode], hit_tokens[:n_decode], held, 0, lossy),
             links=curves,
             kv_bytes_per_token=self._kv_bytes_per_token,
             columns=Columns(names, n_decode, loads, self._links, hit_tokens, tiers),
@@ -125,8 +131,24 @@ class Pools:
                 loads[:, place] = load_of(rows[place])
         return rows, loads
 
+    def _set(self, member: Member) -> None:
+        place = self._places[member.name]
+        self._rows[place] = row = self._row(member)
+        self._loads[:, place] = load_of(row)
+
     def _row(self, member: Member, others: Taken = NOTHING) -> ReplicaView:
-        return view_of(member, self._sent(member.replica.epoch), others)
+        row = view_of(member, self._sent(member.replica.epoch), others)
+        if _fetches(member):
+            return row
+        # A vault is as far from all replicas of a node.
+        known = max(self._nodes.get(member.replica.node, (member,)), key=_fetches)
+        return replace(row, tiers=_tiers(_as_known(member, known))) if _fetches(known) else row
+
+    def _tell_strangers(self, node: str) -> None:
+        """Who has fetched nothing from the vault goes by the curves of others on its node."""
+        for member in self._nodes[node]:
+            if not _fetches(member):
+                self._set(member)
 
     def _rebuild(self) -> None:
         self._moved = False
@@ -134,6 +156,9 @@ class Pools:
         if not decode:  # those that finish up still answer, until their successors are known
             decode = self._pool(Role.DECODE, draining=True)
         members, self._n_decode = [*decode, *prefill], len(decode)
+        self._nodes = {}
+        for member in members:
+            self._nodes.setdefault(member.replica.node, []).append(member)
         self._rows = [self._row(member) for member in members]
         self._names = tuple(row.name for row in self._rows)
         self._epochs = tuple(member.replica.epoch for member in members)
@@ -191,9 +216,25 @@ def view_of(member: Member, sent: Taken, others: Taken = NOTHING) -> ReplicaView
     )
 
 
-def _tier_columns(rows: Sequence[ReplicaView], held: TierTokens) -> TierColumns | None:
+def _fetches(member: Member) -> int:
+    """How many fetches its vault's curve is made from."""
+    told = member.load.tiers.get(Tier.VAULT)
+    return 0 if told is None else told.samples
+
+
+def _as_known(member: Member, known: Member) -> dict[Tier, TierLoad]:
+    """Its tiers, with what another one knows of the vault."""
+    tiers = member.load.tiers
+    if Tier.VAULT not in tiers:
+        return tiers
+    own, other = tiers[Tier.VAULT], known.load.tiers[Tier.VAULT]
+    told = TierLoad(own.blocks, own.unnamed, other.latency_s, other.per_byte_s, 0, other.lossy)
+    return {**tiers, Tier.VAULT: told}
+
+
+def _tier_columns(rows: Sequence[ReplicaView], held: TierTokens, lossy: bool) -> TierColumns | None:
     found = [
-        (place, view.tier, tokens.get(view.tier, 0), view.curve)
+        (place, view.tier, tokens.get(view.tier, 0), view.of(lossy))
         for place, tokens in held.items()
         for view in rows[place].tiers
     ]
@@ -203,4 +244,12 @@ def _tier_columns(rows: Sequence[ReplicaView], held: TierTokens) -> TierColumns 
 def _tiers(told: Mapping[Tier, TierLoad]) -> tuple[TierView, ...]:
     """Those that a replica told of, in the order in which its engine asks them."""
     there = ((tier, told[tier]) for tier in TIER_ORDER if tier in told)
-    return tuple(TierView(tier, LinkCurve(each.latency_s, each.per_byte_s)) for tier, each in there)
+    return tuple(TierView(tier, _curve(each), 0, _lossy(each)) for tier, each in there)
+
+
+def _curve(told: TierLoad | LossyLoad) -> LinkCurve:
+    return LinkCurve(told.latency_s, told.per_byte_s)
+
+
+def _lossy(told: TierLoad) -> LinkCurve | None:
+    return None if told.lossy is None else _curve(told.lossy)

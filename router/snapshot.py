@@ -13,11 +13,16 @@ from router.columns import Columns, Floats
 @dataclass(frozen=True, slots=True)
 class TierView:
     """One tier behind a replica's paged KV: how many leading tokens of this request's prompt it
-    holds, and what fetching bytes from there costs."""
+    holds, and what fetching bytes from there costs; `lossy`, where a lossy codec stored them."""
 
     tier: Tier
     curve: LinkCurve
     hit_tokens: int = 0
+    lossy: LinkCurve | None = None
+
+    def of(self, lossy: bool) -> LinkCurve:
+        """For a request that does, or does not, allow a lossy codec."""
+        return self.lossy if lossy and self.lossy is not None else self.curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +69,9 @@ TierTokens = Mapping[int, Mapping[Tier, int]]
 
 class Pool(Sequence[ReplicaView]):
     """Replicas of one role by name: rows that outlive a request, and its hits, float64 a row; the
-    place of the first one among all is `first`."""
+    place of the first one among all is `first`. A `lossy` request allows its blocks to be."""
 
-    __slots__ = ("_first", "_hit_tokens", "_rows", "_tier_tokens")
+    __slots__ = ("_first", "_hit_tokens", "_lossy", "_rows", "_tier_tokens")
 
     def __init__(
         self,
@@ -74,8 +79,9 @@ class Pool(Sequence[ReplicaView]):
         hit_tokens: Floats,
         tier_tokens: TierTokens = MappingProxyType({}),
         first: int = 0,
+        lossy: bool = False,
     ) -> None:
-        self._rows, self._hit_tokens = rows, hit_tokens
+        self._rows, self._hit_tokens, self._lossy = rows, hit_tokens, lossy
         self._tier_tokens, self._first = tier_tokens, first
 
     def __len__(self) -> int:
@@ -92,7 +98,10 @@ class Pool(Sequence[ReplicaView]):
         row, held = self._rows[places], self._tier_tokens.get(self._first + places)
         if held is None:
             return replace(row, hit_tokens=int(self._hit_tokens[places]))
-        tiers = tuple(replace(view, hit_tokens=held.get(view.tier, 0)) for view in row.tiers)
+        tiers = tuple(
+            replace(view, curve=view.of(self._lossy), hit_tokens=held.get(view.tier, 0))
+            for view in row.tiers
+        )
         return replace(row, hit_tokens=int(self._hit_tokens[places]), tiers=tiers)
 
     def __iter__(self) -> Iterator[ReplicaView]:

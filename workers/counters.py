@@ -71,6 +71,9 @@ class Counters:
         self._counts: dict[str, float] = {}
         self._now = now
         self._costs = {tier: FetchCost(GUESSES[tier], retry_s) for tier in tiers}
+        # Of blocks that a lossy codec made smaller, from when the first was fetched.
+        self._lossy: dict[Tier, FetchCost] = {}
+        self._retry_s = retry_s
 
     def _add(self, name: str, amount: float) -> None:
         self._counts[name] = self._counts.get(name, 0) + amount
@@ -94,8 +97,13 @@ class Counters:
         (tier,), now_s, seconds = gave, self._now(), spent.loading_s
         if tier is not Tier.HOST:  # they went through host memory
             seconds -= self._costs[Tier.HOST].curve(now_s).per_byte_s * spent.loaded_bytes
-        saw = self._costs[tier].saw_at_most if spent.others_tokens else self._costs[tier].saw
+        cost = self._cost(tier, spent.lossy)
+        saw = cost.saw_at_most if spent.others_tokens else cost.saw
         saw(spent.loaded_bytes, seconds, now_s)
+
+    def loaded(self, tier: Tier, lossy: bool, n_bytes: int, seconds: float) -> None:
+        """What bringing so many bytes into host memory took, whoever waited for them."""
+        self._cost(tier, lossy).saw_at_least(n_bytes, seconds, self._now())
 
     def observe(self, stats: SchedulerStats | None) -> None:
         """What the connectors did in this step."""
@@ -120,9 +128,28 @@ class Counters:
             return own
         return LinkCurve(own.latency_s, own.per_byte_s + host.per_byte_s)
 
-    def fetches(self, tier: Tier) -> int:
+    def lossy_curve(self, tier: Tier, share: float) -> LinkCurve:
+        """The same for pages that a lossy codec stored; it made them smaller to this `share`, by
+        which it is guessed what fetching them costs until one was."""
+        own, host = self._costs[tier], self._costs[Tier.HOST].curve(self._now())
+        if tier in self._lossy:
+            found = self._lossy[tier].curve(self._now())
+        else:
+            raw = own.curve(self._now())
+            found = LinkCurve(raw.latency_s, raw.per_byte_s * share)
+        return LinkCurve(found.latency_s, found.per_byte_s + host.per_byte_s)
+
+    def fetches(self, tier: Tier, lossy: bool = False) -> int:
         """How many fetches from a tier its curve is made from."""
-        return self._costs[tier].samples
+        costs = self._lossy if lossy else self._costs
+        return costs[tier].samples if tier in costs else 0
+
+    def _cost(self, tier: Tier, lossy: bool) -> FetchCost:
+        if not lossy or tier is not Tier.VAULT:
+            return self._costs[tier]
+        if tier not in self._lossy:
+            self._lossy[tier] = FetchCost(GUESSES[tier], self._retry_s)
+        return self._lossy[tier]
 
     def _observe_tiers(self, seen: dict[str, dict[tuple[str, ...], float]]) -> None:
         """vLLM's offloading metrics of this step, by name and labels."""
@@ -136,7 +163,8 @@ class Counters:
                     self._add(totals[tier], amount)
         promoted_bytes, promoted_s = (seen.get(name, {}) for name in PROMOTED)
         for label, n_bytes in promoted_bytes.items():
-            if (tier := _tier(label)) in self._costs:
+            # A vault tells itself which of its loads were of smaller frames.
+            if (tier := _tier(label)) in self._costs and tier is not Tier.VAULT:
                 seconds = promoted_s.get(label, 0.0)
                 self._costs[tier].saw_at_least(int(n_bytes), seconds, self._now())
 

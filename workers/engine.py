@@ -37,12 +37,12 @@ from workers.backlog import Backlog
 from workers.counters import Counters, with_tiers
 from workers.erasure import Erased, Erasure
 from workers.events import MirrorEvents
-from workers.messages import Delta, Keep, Load, TierLoad
+from workers.messages import Delta, Keep, Load, LossyLoad, TierLoad
 from workers.mirror import Change
 from workers.peer.keys import PeerKeys
 from workers.peer.tier import PeerTier
 from workers.stopwatch import Stopwatch
-from workers.tiers import with_hints
+from workers.tiers import keep_of, with_hints
 from workers.vault.tier import VaultTier
 
 logger = init_logger(__name__)
@@ -263,7 +263,8 @@ class Engine:
                 time.sleep(_WAITING_PAUSE_S)  # it compiles on a thread of vLLM's
                 self._orders.put(lambda: self._admit(request, answered, arrived_s))
                 return
-            self._watch.arrived(request.request_id, arrived_s)
+            lossy = keep_of(request.kv_transfer_params).codec is not None
+            self._watch.arrived(request.request_id, arrived_s, lossy)
             self._erasure.admit(request)
             self._core.add_request(request)
             self._backlog.admit(request)
@@ -334,6 +335,8 @@ class Engine:
                 self._erasure.mark(delta.request_id, delta.handoff)
         for batch in outputs.values():
             self._totals.observe(batch.scheduler_stats)
+        for load in () if self.vault is None else self.vault.loads():
+            self._totals.loaded(Tier.VAULT, *load)
         self._totals.count(deltas)
         self._listener(StepReport(deltas, self._mirror.take(), self._load()))
 
@@ -369,8 +372,11 @@ class Engine:
         blocks, unnamed = mirror.blocks(tier), mirror.unnamed(tier)
         if tier is Tier.VAULT:  # others store and find there too: nobody here knows what it has
             unnamed = 1
-        fetches = self._totals.fetches(tier)
-        return TierLoad(blocks, unnamed, curve.latency_s, curve.per_byte_s, fetches)
+        fetches, lossy = self._totals.fetches(tier), None
+        if tier is Tier.VAULT and self.vault is not None and self.vault.lossy_share is not None:
+            own = self._totals.lossy_curve(tier, self.vault.lossy_share)
+            lossy = LossyLoad(own.latency_s, own.per_byte_s, self._totals.fetches(tier, True))
+        return TierLoad(blocks, unnamed, curve.latency_s, curve.per_byte_s, fetches, lossy)
 
 
 def _tiered(scheduler: Any) -> Any:

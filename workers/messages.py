@@ -16,7 +16,7 @@ from kv.plan import Hints
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a replica of another version is not routable.
-WIRE_VERSION = 6
+WIRE_VERSION = 7
 
 
 # vLLM's kv_transfer_params: where a finished prefill's blocks lie. Opaque to the router.
@@ -219,7 +219,8 @@ class Spent(msgspec.Struct, frozen=True):
     `queued_s` from its arrival at the replica until the engine first took it up; `loading_s` from
     there until what it fetched from tiers, or was handed off, was in: `loaded_bytes` of paged KV;
     `computing_s` from there until its first token, or its handoff, left the engine. While it loaded
-    and computed, the engine computed `others_tokens` of other prompts too.
+    and computed, the engine computed `others_tokens` of other prompts too. The blocks of a `lossy`
+    request may have been stored by a lossy codec.
     """
 
     queued_s: float
@@ -227,6 +228,7 @@ class Spent(msgspec.Struct, frozen=True):
     computing_s: float
     loaded_bytes: int = 0
     others_tokens: int = 0
+    lossy: bool = False
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -287,12 +289,21 @@ class Totals(msgspec.Struct, frozen=True):
         return Totals(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
+class LossyLoad(msgspec.Struct, frozen=True):
+    """As of a `TierLoad`, for blocks that a lossy codec made smaller; bytes are those of pages."""
+
+    latency_s: float
+    per_byte_s: float
+    samples: int = 0
+
+
 class TierLoad(msgspec.Struct, frozen=True):
     """What a replica says of one tier behind its paged KV.
 
     It holds `blocks`; `unnamed` ones among them are in no `Blocks` message, since the replica does
     not know yet what prompts they belong to. Fetching n bytes into the paged KV takes
-    `latency_s + n * per_byte_s`, by `samples` fetches; a guess without any.
+    `latency_s + n * per_byte_s`, by `samples` fetches; a guess without any. `lossy` says the same
+    of requests whose blocks a lossy codec stores there; None where all are stored as they are.
     """
 
     blocks: int
@@ -300,6 +311,7 @@ class TierLoad(msgspec.Struct, frozen=True):
     latency_s: float
     per_byte_s: float
     samples: int = 0
+    lossy: LossyLoad | None = None
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):

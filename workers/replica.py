@@ -129,7 +129,7 @@ class ReplicaProcess:
         if section is None or keys is None or tier is None:
             return
         shape = None if section.lossy is None else page_shape(self._engine.core)
-        tier.attach(keys, fit_prefill(measured), shape)
+        tier.attach(keys, fit_prefill(measured), shape, section.lossy)
 
     async def serve(self) -> None:
         """Answer the channel until cancelled."""

@@ -21,6 +21,7 @@ class _Times:
     to load or to compute this one."""
 
     arrived_s: float
+    lossy: bool
     loads_since_s: float | None = None
     computes_since_s: float | None = None
     before_tokens: int = 0
@@ -48,9 +49,9 @@ class Stopwatch:
                 connector.update_state_after_alloc
             )
 
-    def arrived(self, request_id: str, at_s: float) -> None:
+    def arrived(self, request_id: str, at_s: float, lossy: bool = False) -> None:
         """A request that is about to be queued came at this time."""
-        self._times[request_id] = _Times(at_s)
+        self._times[request_id] = _Times(at_s, lossy)
         if len(self._times) > _MOST_UNREPORTED:
             self._times.popitem(last=False)
 
@@ -69,6 +70,7 @@ class Stopwatch:
             computing_s=max(0.0, now_s - computes_s),
             loaded_bytes=loaded * self._token_bytes,
             others_tokens=max(0, others) if times.begun else 0,
+            lossy=times.lossy,
         )
 
     def _noting_runs(self, schedule: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,7 +31,9 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kv.codecs.codec import CodecName
 from kv.codecs.page import PageShape
+from kv.codecs.table import CODECS
 from kv.curve import PrefillCurve
 from kv.eviction import recompute_s
 from kv.offload_disk import layout_of, tag_of
@@ -114,14 +116,23 @@ class VaultTier(SecondaryTierManager):
         self._forgetting: Future[bool] | None = None
         self._sent_bytes, self._step = 0, 0
         self._known = Known()
+        self._loaded: list[tuple[bool, int, float]] = []
+        # What a lossy codec leaves of a page; None where all are stored as they are.
+        self.lossy_share: float | None = None
         self._complained_s: dict[str, float] = {}
 
     def attach(
-        self, keys: curve.ClientKeys, speed: PrefillCurve, shape: PageShape | None = None
+        self,
+        keys: curve.ClientKeys,
+        speed: PrefillCurve,
+        shape: PageShape | None = None,
+        lossy: CodecName | None = None,
     ) -> None:
         """Use the vault that these keys open; `speed` is this engine's, `shape` that of its pages
-        where blocks may be stored by lossy codecs."""
+        where blocks may be stored by the codec `lossy`."""
         page_bytes = self._block_size_bytes
+        if shape is not None and lossy is not None:
+            self.lossy_share = CODECS[lossy].encoded_bytes(shape) / shape.page_bytes
         self._speed = speed
         self._vault = VaultPages(self._shards, keys, self._layout, page_bytes, self._ttl_s, shape)
 
@@ -207,6 +218,12 @@ class VaultTier(SecondaryTierManager):
         while not self._came.empty():
             yield self._came.get()
 
+    def loads(self) -> Iterable[tuple[bool, int, float]]:
+        """Of each load that ended since the last call: whether a lossy codec may have stored its
+        blocks, bytes of pages, and seconds."""
+        loaded, self._loaded = self._loaded, []
+        return loaded
+
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []
         while not self._finished.empty():
@@ -214,7 +231,11 @@ class VaultTier(SecondaryTierManager):
             job = self._jobs.pop(result.job_id)
             self._void.discard(result.job_id)
             self._storing.pop(result.job_id, None)
-            if not job.is_promotion:
+            if job.is_promotion:
+                lossy = _keep(job.req_context).codec is not None
+                moved = result.transfer_bytes or 0, result.transfer_time or 0.0
+                self._loaded.append((lossy, *moved))
+            else:
                 self._sent_bytes += result.transfer_bytes or 0
                 self._known.add(result.successful_keys or (), tag_of(job.req_context))
         self._running = {each for each in self._running if not each.done()}

@@ -15,7 +15,7 @@ from router.columns import Columns, Floats
 from router.member import Member
 from router.pools import NOTHING, Pools, view_of
 from router.snapshot import ReplicaView, Snapshot
-from workers.messages import Load, Request, Role, TierLoad, Welcome
+from workers.messages import Load, LossyLoad, Request, Role, TierLoad, Welcome
 from workers.sim import SimCosts, sim_replica
 
 some_name = st.sampled_from(["a", "b", "c", "d"])
@@ -86,12 +86,24 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         draining=st.booleans(),
         tiers=st.sets(some_behind),
         unnamed=st.integers(0, 1),
+        samples=st.integers(0, 9),
+        lossy=st.booleans(),
     )
     def report(
-        self, name: str, waiting: int, draining: bool, tiers: set[Tier], unnamed: int
+        self,
+        name: str,
+        waiting: int,
+        draining: bool,
+        tiers: set[Tier],
+        unnamed: int,
+        samples: int,
+        lossy: bool,
     ) -> None:
         if member := self.members.get(name):
-            told = {tier: TierLoad(9, unnamed, 0.01, 1e-9) for tier in tiers}
+            # No two replicas know the same.
+            latency_s = 0.01 + ord(name) / 1000 + samples / 100
+            rounded = LossyLoad(latency_s / 2, 1e-9) if lossy else None
+            told = {tier: TierLoad(9, unnamed, latency_s, 1e-9, samples, rounded) for tier in tiers}
             member.receive(Load(waiting=waiting, draining=draining, tiers=told))
 
     @rule(name=some_name, requests=st.integers(0, 3), tokens=st.integers(0, 9000))
@@ -121,12 +133,14 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         behind=st.dictionaries(
             some_name, st.dictionaries(some_behind, st.integers(1, 9), min_size=1)
         ),
+        lossy=st.booleans(),
     )
     def snapshot(
         self,
         depths: dict[str, int],
         others: dict[str, int],
         behind: dict[str, dict[Tier, int]],
+        lossy: bool,
     ) -> None:
         epochs = {name: member.replica.epoch for name, member in self.members.items()}
         held = {epochs[name]: depth for name, depth in depths.items() if name in epochs}
@@ -134,14 +148,18 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         further = {epochs[name]: found for name, found in behind.items() if name in epochs}
         # What anybody told of the vault is there for all who have one.
         vault = max((found.get(Tier.VAULT, 0) for found in further.values()), default=0)
-        snapshot = self.pools.snapshot(Found(held, taken, further), self.links)
+        snapshot = self.pools.snapshot(Found(held, taken, further), self.links, lossy)
         for role, pool in ((Role.PREFILL, snapshot.prefill), (Role.DECODE, snapshot.decode)):
             routable = [
                 with_hits(
-                    view_of(
+                    self.told(
                         m,
-                        self.sent.get(m.replica.epoch, NOTHING),
-                        taken.get(m.replica.epoch, NOTHING),
+                        view_of(
+                            m,
+                            self.sent.get(m.replica.epoch, NOTHING),
+                            taken.get(m.replica.epoch, NOTHING),
+                        ),
+                        lossy,
                     ),
                     held.get(m.replica.epoch, 0) * m.replica.block_tokens,
                     {**further.get(m.replica.epoch, {}), Tier.VAULT: vault},
@@ -172,6 +190,27 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         if kept.tiers is not None and anew.tiers is not None:
             assert kept.tiers.order == anew.tiers.order
             assert all(map(np.array_equal, kept.tiers[1:], anew.tiers[1:]))
+
+    def told(self, member: Member, row: ReplicaView, lossy: bool) -> ReplicaView:
+        """Who has fetched nothing from the vault goes by whoever has done so most, of those beside
+        it; and who allows a lossy codec by what that costs."""
+
+        def fetches(other: Member) -> int:
+            return other.load.tiers[Tier.VAULT].samples if Tier.VAULT in other.load.tiers else 0
+
+        shown = [*self.routable(Role.DECODE), *self.routable(Role.PREFILL)]
+        most = max(shown, key=fetches)
+        if Tier.VAULT in member.load.tiers and not fetches(member) and fetches(most):
+            own = {view.tier: view for view in row.tiers}
+            its = {view.tier: view for view in view_of(most, NOTHING).tiers}
+            row = replace(row, tiers=tuple((own | {Tier.VAULT: its[Tier.VAULT]}).values()))
+        behind = row.tiers
+        if lossy:
+            behind = tuple(
+                replace(view, curve=view.lossy) if view.lossy is not None else view
+                for view in behind
+            )
+        return replace(row, tiers=behind)
 
     def routable(self, role: Role) -> list[Member]:
         """Who finishes up gets work only where nobody else could give tokens."""
