@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.breakeven.cells import FETCH
+from benchmarks.breakeven.cells import FETCH, OURS
 from benchmarks.links.cluster import LinkedCluster, linked
 from benchmarks.links.network import Shape
 from benchmarks.models import model
@@ -109,10 +109,13 @@ class FarVault:
                 raise RuntimeError(f"the vault does not take the prefix: {found}")
             self._cluster.await_quiet()
 
-    def learn(self) -> None:
-        """Fetch a few times, so that what is planned knows the link as it is now."""
-        for _ in range(_LEARNING):
-            self.ask(FETCH, RAW, min(len(self._prefix), _LEARNING_TOKENS), BLOCK_TOKENS)
+    def learn(self, codecs: Sequence[str] = (RAW,)) -> None:
+        """Fetch a few times, so that what is planned knows the link as it is now; and ask for a
+        plan of ours, so that engines have met before anything is measured."""
+        tokens = min(len(self._prefix), _LEARNING_TOKENS)
+        for codec in codecs:
+            for policy in (*_LEARNING * (FETCH,), OURS):
+                self.ask(policy, codec, tokens, BLOCK_TOKENS)
 
     def limit(self, bits_per_s: float | None) -> None:
         """Another rate of the link, where there is one."""
