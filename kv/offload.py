@@ -48,13 +48,14 @@ from vllm.v1.request import Request
 
 from kv.catalogue import Tier
 from kv.errors import DiskError
+from kv.keep import Stored, yields
 from kv.offload_copy import BatchedCopyWorker
 from kv.offload_disk import DiskTier, tag_of
 from kv.offload_host import HostTier
 from kv.offload_kinds import refuse
 from kv.offload_rows import CleanRows, overwrite
 from kv.offload_split import SplitLookups
-from kv.promoted import DEADLINE, Promoted
+from kv.promoted import DEADLINE, Promoted, state_of
 
 logger = init_logger(__name__)
 
@@ -150,7 +151,6 @@ class TieredSpec(TieringOffloadingSpec):
             primary = kind(
                 num_chunks=self.num_chunks,
                 mmap_region=region,
-                cache_policy=self.eviction_policy,
                 enable_events=self.kv_events_config.enable_kv_cache_events,
             )
             view = primary.get_kv_memoryview()
@@ -215,6 +215,9 @@ class Tiers(SplitLookups):
     one that the request still needs. Here a request has a block fetched once, and half of the
     host tier at most; what does not fit is a miss. So is what has not come `load_timeout_s` after
     the request began to wait, or after its own `DEADLINE`.
+
+    A request that yields (`kv.keep`) has blocks stored and fetched only where nothing that stays
+    has to go for them, and stores none behind the host tier.
     """
 
     def __init__(
@@ -233,6 +236,7 @@ class Tiers(SplitLookups):
         self._doomed: set[OffloadKey] = set()
         self._sealed: set[str] = set()
         self._arrived: dict[int, set[OffloadKey]] = {}  # by job that has not ended
+        self._cascades = True
 
     def lookup(
         self, key: OffloadKey, req_context: ReqContext, *, exclude_tier_idx: int | None = None
@@ -243,16 +247,18 @@ class Tiers(SplitLookups):
         if found is not None:
             return found
         found = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        if found is LookupResult.HIT and not yields(req_context.kv_transfer_params):
+            self.primary_tier.claim([key])
         waits = found is LookupResult.HIT_PENDING or found is LookupResult.RETRY
         return LookupResult.MISS if waits and self._is_late(req_context) else found
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
-        _promoted(req_context).waits_since_s = None  # preempted, it may have to wait again
+        state_of(req_context, Promoted).waits_since_s = None  # preempted, it may have to wait again
         return super().prepare_load(keys, req_context)
 
     def _is_late(self, req_context: ReqContext) -> bool:
         """Whether a request has waited for tiers as long as it may; the rest is computed then."""
-        promoted, now = _promoted(req_context), self._now()
+        promoted, now = state_of(req_context, Promoted), self._now()
         deadline_s = (req_context.kv_transfer_params or {}).get(DEADLINE, self._load_timeout_s)
         was_late = promoted.late
         late = promoted.overran(deadline_s, now)
@@ -262,8 +268,10 @@ class Tiers(SplitLookups):
         return late
 
     def _initiate_promotion(self, tier_idx: int, key: OffloadKey, req_context: ReqContext) -> bool:
-        promoted = _promoted(req_context)
+        promoted = state_of(req_context, Promoted)
         if promoted.late or key in promoted.keys or len(promoted.keys) >= self.most_promoted:
+            return False
+        if yields(req_context.kv_transfer_params) and not self.primary_tier.room():
             return False
         started: bool = super()._initiate_promotion(tier_idx, key, req_context)
         if started:
@@ -292,13 +300,18 @@ class Tiers(SplitLookups):
         super()._complete_promotion(job_metadata, completed_job)
 
     def _should_store_to_tier(self, tier: SecondaryTierManager, num_blocks: int) -> bool:
-        stores: bool = getattr(tier, "stores", True)
+        stores: bool = self._cascades and getattr(tier, "stores", True)
         return stores and super()._should_store_to_tier(tier, num_blocks)
 
     def prepare_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext
     ) -> PrepareStoreOutput | None:
-        if req_context.req_id in self._sealed:
+        if yields(req_context.kv_transfer_params):
+            self._maybe_process_finished_jobs()  # stores that ended since have made room
+            keys = self.primary_tier.fitting(keys, state_of(req_context, Stored))
+        else:
+            self.primary_tier.claim(keys)
+        if req_context.req_id in self._sealed or not keys:
             return PrepareStoreOutput([], CPULoadStoreSpec([]), [])
         output = super().prepare_store(keys, req_context)
         if output is not None:
@@ -311,7 +324,10 @@ class Tiers(SplitLookups):
         # What was erased while it was copied gets no further than to where it is removed.
         doomed = self._doomed.intersection(keys)
         self.primary_tier.complete_store(doomed, req_context, success)
-        super().complete_store([key for key in keys if key not in doomed], req_context, success)
+        kept = [key for key in keys if key not in doomed]
+        self._cascades = not yields(req_context.kv_transfer_params)
+        super().complete_store(kept, req_context, success)
+        self._cascades = True
 
     def on_request_finished(
         self, req_context: ReqContext, *, exclude_tier_idx: int | None = None
@@ -407,9 +423,3 @@ class Tiers(SplitLookups):
                 primary.events.append(OffloadingEvent([key], Medium.CPU, removed=True))
         self._tags.pop(key, None)
         return True
-
-
-def _promoted(req_context: ReqContext) -> Promoted:
-    promoted: Promoted = req_context.get_state(Promoted) or Promoted()
-    req_context.set_state(promoted)
-    return promoted

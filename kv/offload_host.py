@@ -6,14 +6,17 @@ that computes a prompt takes as long as a fetch is worth.
 """
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import wraps
 from typing import Any
 
 from vllm.v1.kv_offload.base import OffloadKey
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 
+from kv.keep import Stored
 from kv.loan import Loan
+from kv.offload_policy import NAME as YIELDING_FIRST
+from kv.offload_policy import YieldingFirst
 
 
 def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +41,7 @@ class HostTier(CPUPrimaryTierOffloadingManager):
         self._lent = 0
         self._held: set[int] = set()
         self._freed: set[int] = set()
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{**kwargs, "cache_policy": YIELDING_FIRST})
 
     touch = _locked(CPUPrimaryTierOffloadingManager.touch)
     _prepare_load = _locked(CPUPrimaryTierOffloadingManager._prepare_load)
@@ -52,6 +55,25 @@ class HostTier(CPUPrimaryTierOffloadingManager):
     def lent(self) -> int:
         """Blocks that are lent now, counted once for each loan."""
         return self._lent
+
+    def room(self, spared: Collection[OffloadKey] = ()) -> int:
+        """How many blocks may come before one that stays has to go; `spared` ones do not go."""
+        with self.lock:
+            policy: YieldingFirst = self._policy
+            return int(self._get_num_free_chunks()) + policy.idle_yielding(spared)
+
+    def fitting(self, keys: Collection[OffloadKey], stored: Stored) -> Collection[OffloadKey]:
+        """Those blocks of a yielding request for which none that stays has to go."""
+        with self.lock:
+            new = [key for key in keys if self._policy.get(key) is None]
+            n = 0 if stored.cut else self.room(keys)
+        stored.cut = stored.cut or n < len(new)
+        return new[:n] if stored.cut else keys
+
+    def claim(self, keys: Iterable[OffloadKey]) -> None:
+        """A request that does not yield uses these blocks."""
+        with self.lock:
+            self._policy.claim(keys)
 
     def here(self, keys: Sequence[bytes]) -> tuple[bool, ...]:
         """Which of these blocks could be lent."""

@@ -1,9 +1,12 @@
 """What a request had fetched into the host tier from those behind it, and how long it waits."""
 
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 # In a request's kv_transfer_params: seconds after which what tiers still have to bring is computed.
 DEADLINE = "load_deadline_s"
+
+_State = TypeVar("_State")
 
 
 @dataclass(slots=True)
@@ -22,3 +25,10 @@ class Promoted:
             self.waits_since_s = now_s
         self.late = self.late or now_s - self.waits_since_s >= deadline_s
         return self.late
+
+
+def state_of(req_context: Any, kind: type[_State]) -> _State:
+    """What is known of one request, of this kind; `req_context` is vLLM's."""
+    state: _State = req_context.get_state(kind) or kind()
+    req_context.set_state(state)
+    return state

@@ -27,7 +27,7 @@ class Backlog:
             _, cached, _ = find(request.block_hashes, request.num_tokens - 1)
             self._cached[request.request_id] = cached
 
-    def tokens(self) -> list[int]:
+    def tokens(self) -> dict[str, int]:
         """Prompt tokens of each request that has some to compute. A handoff brings them instead,
         and tiers as many as its plan fetches."""
         requests = self._scheduler.requests
@@ -35,7 +35,7 @@ class Backlog:
         self._cached = {
             name: self._cached[name] for name, r in waiting if r and not r.num_computed_tokens
         }
-        return [left for request in requests.values() if (left := self._left(request))]
+        return {name: left for name, each in requests.items() if (left := self._left(each))}
 
     def _left(self, request: Request) -> int:
         params = request.kv_transfer_params or {}

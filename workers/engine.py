@@ -34,9 +34,11 @@ from kv.plan import Hints
 from kv.salt import tag_of
 from workers import erasure, pages, work
 from workers.backlog import Backlog
+from workers.classes import Classes
 from workers.counters import Counters, with_tiers
 from workers.erasure import Erased, Erasure
 from workers.events import MirrorEvents
+from workers.first_to_go import FirstToGo, step_pages
 from workers.messages import Delta, Keep, Load, LossyLoad, TierLoad
 from workers.mirror import Change
 from workers.peer.keys import PeerKeys
@@ -93,6 +95,8 @@ class Engine:
         )
         self._backlog = Backlog(self._scheduler)
         self._watch = Stopwatch(self._scheduler, self.kv_bytes_per_token(), time.monotonic)
+        self._classes = Classes(self._scheduler, time.monotonic)
+        self._first_to_go = FirstToGo(self._scheduler, step_pages(config))
         self._events = MirrorEvents(self._erasure)
         self._mirror = self._events.mirror
         if self._tiers is not None:
@@ -149,19 +153,21 @@ class Engine:
         answered: Sequence[int] = (),
         hints: Hints | None = None,
         keep: Keep | None = None,
+        patience_s: float | None = None,
     ) -> None:
         """Queue a request. Hashing and grammar set-up happen here, off the step loop.
 
         `answered` tokens at the end of its prompt are of its answer already: a grammar goes on
         behind them. `hints` say what it may take from tiers; without any it takes what they have.
-        `keep` says how they may store its blocks.
+        `keep` says how they may store its blocks. For `patience_s` it gives way to others.
         """
         arrived_s = time.monotonic()
         prepared, _ = self._core.preprocess_add_request(request)
         if self._tiers is not None:
             tag, params = tag_of(prepared.cache_salt), prepared.kv_transfer_params
             prepared.kv_transfer_params = with_hints(params, tag, hints, keep)
-        self._orders.put(lambda: self._admit(prepared, answered, arrived_s))
+        yields = keep is not None and keep.yields
+        self._orders.put(lambda: self._admit(prepared, answered, arrived_s, patience_s, yields))
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop requests and free their blocks; unknown ids are ignored.
@@ -232,8 +238,13 @@ class Engine:
         self._erasure.sweep()
         if not self._scheduler.has_requests() and not self._core.batch_queue:
             return
-        outputs, executed = self._core.step_fn()
+        self._classes.begin_step()
+        try:
+            outputs, executed = self._core.step_fn()
+        finally:
+            self._classes.end_step()
         self._core.post_step(executed)
+        self._first_to_go.settle()
         self._report(outputs or {})
         if not executed and self._scheduler.has_unfinished_requests():
             waited_s = time.monotonic() - self._computed_at
@@ -257,15 +268,25 @@ class Engine:
         refusals = [Delta(name, [], finish_reason="error", error=stale) for name in doubtful]
         self._listener(StepReport(refusals, (), self._load()))
 
-    def _admit(self, request: Request, answered: Sequence[int], arrived_s: float) -> None:
+    def _admit(
+        self,
+        request: Request,
+        answered: Sequence[int],
+        arrived_s: float,
+        patience_s: float | None,
+        yields: bool,
+    ) -> None:
         try:
             if answered and not _advance_grammar(request, answered):
                 time.sleep(_WAITING_PAUSE_S)  # it compiles on a thread of vLLM's
-                self._orders.put(lambda: self._admit(request, answered, arrived_s))
+                told = (request, answered, arrived_s, patience_s, yields)
+                self._orders.put(lambda: self._admit(*told))
                 return
             lossy = keep_of(request.kv_transfer_params).codec is not None
             self._watch.arrived(request.request_id, arrived_s, lossy)
             self._erasure.admit(request)
+            self._classes.admit(request, patience_s)
+            self._first_to_go.admit(request, yields)
             self._core.add_request(request)
             self._backlog.admit(request)
         except Exception as error:  # the order's edge: a bad request must not end the loop
@@ -360,11 +381,12 @@ class Engine:
             waiting=waiting,
             running=running,
             pending_prefills=len(pending),
-            pending_prefill_tokens=sum(pending),
+            pending_prefill_tokens=sum(pending.values()),
             leased=len(scheduler.requests) - running - waiting,
             kv_usage=scheduler.kv_cache_manager.usage,
             totals=self._totals.frozen(),
             tiers={tier: self._tier(tier) for tier in self._behind},
+            yielding=self._classes.yielding(pending),
         )
 
     def _tier(self, tier: Tier) -> TierLoad:

@@ -122,10 +122,12 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 class Keep(msgspec.Struct, frozen=True):
     """How a request lets its blocks be stored: by a codec that loses precision (None: exactly), and
-    in a vault for `ttl_s` (None: for as long as any)."""
+    in a vault for `ttl_s` (None: for as long as any). Where it `yields`, they take nobody's place
+    in the tiers, and are the first to go from there and from the paged KV."""
 
     codec: CodecName | None = None
     ttl_s: float | None = None
+    yields: bool = False
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -138,7 +140,9 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     engine goes on behind them (`workers.carry`). `hints` say what it may take from its tiers;
     without any it takes what they have. Behind a handoff it takes nothing from them. A prefill
     that `lends` is the head of a split: its KV stays in the engine's host tier, from where the
-    decode replica that runs a request of the same id reads it, and its answer has no handoff.
+    decode replica that runs a request of the same id reads it, and its answer has no handoff. With
+    a `patience_s` others go before it for so many seconds from its arrival here; without one it is
+    as urgent as any.
     """
 
     request_id: str
@@ -150,6 +154,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     hints: Hints | None = None
     keep: Keep | None = None
     lends: bool = False
+    patience_s: float | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -314,10 +319,22 @@ class TierLoad(msgspec.Struct, frozen=True):
     lossy: LossyLoad | None = None
 
 
+class Yielding(msgspec.Struct, frozen=True):
+    """The part of a load that gives way to what comes (`Submit.patience_s`); it holds a share of
+    `kv_usage` of the paged KV."""
+
+    waiting: int = 0
+    running: int = 0
+    pending_prefills: int = 0
+    pending_prefill_tokens: int = 0
+    kv_usage: float = 0.0
+
+
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """How busy a replica is; sent when it changes and at least once a second.
 
     `pending_prefills` requests have `pending_prefill_tokens` prompt tokens still to compute.
+    Counts are of all requests; `yielding` says how many of them give way.
     `leased` counts finished prefills whose blocks wait for a decode replica to read them. A
     `draining` replica finishes what it has and gets nothing new.
     """
@@ -332,6 +349,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     lanes: tuple[str, ...] = ()
     draining: bool = False
     tiers: dict[Tier, TierLoad] = {}
+    yielding: Yielding = Yielding()
 
 
 class Blocks(msgspec.Struct, frozen=True, tag="blocks"):

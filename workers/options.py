@@ -29,6 +29,7 @@ _OURS = frozenset(
         "kv_offloading_size",
         "prefix_caching_hash_algo",
         "enable_prefix_caching",
+        "scheduling_policy",
         "host",
         "port",
         "api_key",
@@ -51,6 +52,8 @@ def namespace(
     argv = ["--model", model, "--served-model-name", *served_names, "--enable-prefix-caching"]
     argv += ["--prefix-caching-hash-algo", "sha256_cbor", "--enable-prompt-tokens-details"]
     argv += ["--logits-processors", "workers.penalties:CarriedPenalties"]
+    # Who comes first is the router's to say (`Submit.patience_s`), never a client's.
+    argv += ["--scheduling-policy", "priority"]
     argv += [word for name, value in engine.items() for word in _words(name, value)]
     parser = make_arg_parser(_Parser(prog="engine"))
     parsed: argparse.Namespace = parser.parse_args(argv)

@@ -207,7 +207,8 @@ class ReplicaServer:
         try:
             answered = message.answered if message.role is wire.Role.DECODE else b""
             request = work.engine_request(message)
-            self._engine.add(request, unpack_tokens(answered), message.hints, message.keep)
+            told = (message.hints, message.keep, message.patience_s)
+            self._engine.add(request, unpack_tokens(answered), *told)
         except Exception as error:  # the wire's edge: one bad request must not end the replica
             logger.warning("%s refused: %s", message.request_id, type(error).__name__)
             refusal = wire.Delta(message.request_id, [], finish_reason="error", error=str(error))

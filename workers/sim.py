@@ -34,7 +34,8 @@ HOST = LinkCurve(0.005, 5e-10)
 @dataclass(frozen=True, slots=True)
 class SimCosts:
     """How long things take on one simulated engine; `link` is what reading a handoff costs, `host`
-    what fetching from its host tier of `host_blocks` costs."""
+    what fetching from its host tier of `host_blocks` costs. Prompts that give way are computed by
+    `chunk_tokens`."""
 
     prefill: PrefillCurve = PREFILL
     link: LinkCurve = LINK
@@ -42,6 +43,7 @@ class SimCosts:
     lease_s: float = 30.0
     host: LinkCurve = HOST
     host_blocks: int = 0
+    chunk_tokens: int = 512
 
 
 def sim_body(max_tokens: int, salt: str = "") -> bytes:
@@ -122,7 +124,7 @@ class SimEngine:
         self.replica, self._costs, self._cluster = replica, costs, cluster
         self.tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
-        self._steps = Steps(replica, costs.lease_s, cluster.settle, costs.host_blocks)
+        self._steps = self._new_steps()
         self._arrived: list[Run] = []
         self._peers: dict[SimLink, _Peer] = {}
         self._news, self._awake = asyncio.Event(), asyncio.Event()
@@ -144,8 +146,7 @@ class SimEngine:
         self.stop()
         self._crashed = True
         self._peers.clear()
-        costs = self._costs
-        self._steps = Steps(self.replica, costs.lease_s, self._cluster.settle, costs.host_blocks)
+        self._steps = self._new_steps()
 
     def hang(self, readable: bool = True) -> None:
         """Stop as SIGSTOP does: mail piles up. Peers can still read the memory, unless the
@@ -286,16 +287,21 @@ class SimEngine:
             self._loop.call_later(self._costs.link.seconds(moved_bytes), self._arrive, run)
         return computes
 
+    def _new_steps(self) -> Steps:
+        costs = self._costs
+        settle, sizes = self._cluster.settle, (costs.host_blocks, costs.chunk_tokens)
+        return Steps(self.replica, costs.lease_s, settle, *sizes)
+
     def _step_s(self, computes: Run | None) -> float:
         if computes is None:
             return self._costs.step_s
-        held_tokens = computes.hit_tokens + computes.host_tokens
-        compute_s = self._costs.prefill.seconds(computes.pending_tokens, held_tokens)
+        held_tokens = computes.hit_tokens + computes.host_tokens + computes.done_tokens
+        compute_s = self._costs.prefill.seconds(self._steps.chunk(computes), held_tokens)
         return self._host_s(computes) + compute_s
 
     def _host_s(self, run: Run) -> float:
-        """What it takes from the host tier takes so long."""
-        n_bytes = run.host_tokens * self.replica.kv_bytes_per_token
+        """What it takes from the host tier takes so long, before the first of its chunks."""
+        n_bytes = 0 if run.done_tokens else run.host_tokens * self.replica.kv_bytes_per_token
         return self._costs.host.seconds(n_bytes) if n_bytes else 0.0
 
     def _arrive(self, run: Run) -> None:

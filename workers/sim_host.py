@@ -12,18 +12,42 @@ class SimHost:
     def __init__(self, total: int) -> None:
         self._total = total
         self._tags: dict[bytes, str] = {}  # the next to go first
+        self._spare: dict[bytes, None] = {}  # those that only requests which yield have used
         self._told: set[bytes] = set()
 
     def __len__(self) -> int:
         return len(self._tags)
 
-    def put(self, keys: Sequence[bytes], tag: str) -> None:
-        """A prompt's blocks. Its first become the youngest, as in vLLM."""
+    def put(self, keys: Sequence[bytes], tag: str, yields: bool = False) -> None:
+        """A prompt's blocks. Its first become the youngest, as in vLLM; if it `yields`, as many as
+        displace none that stays."""
+        if yields:
+            self._put_spare(keys, tag)
+            return
         for key in reversed(keys):
+            self._spare.pop(key, None)
             self._tags.pop(key, None)
             self._tags[key] = tag
         while len(self._tags) > self._total:
-            del self._tags[next(iter(self._tags))]
+            self._drop()
+
+    def _put_spare(self, keys: Sequence[bytes], tag: str) -> None:
+        new = [key for key in keys if key not in self._tags]
+        displaced = len(self._spare) - sum(key in self._spare for key in keys)
+        room = self._total - len(self._tags) + displaced
+        for key in keys:
+            if key in self._spare:
+                self._spare[key] = self._spare.pop(key)
+        for key in reversed(new[:room]):
+            self._tags[key] = tag
+            self._spare[key] = None
+        while len(self._tags) > self._total:
+            self._drop()
+
+    def _drop(self) -> None:
+        key = next(iter(self._spare or self._tags))
+        self._spare.pop(key, None)
+        del self._tags[key]
 
     def reach(self, keys: Sequence[bytes], depth: int) -> int:
         """How many of the leading `keys` are here, or among the first `depth`."""
@@ -33,10 +57,12 @@ class SimHost:
     def erase(self, tags: Sequence[str]) -> None:
         """Forget the blocks of these tags."""
         self._tags = {key: tag for key, tag in self._tags.items() if tag not in tags}
+        self._spare = {key: None for key in self._spare if key in self._tags}
 
     def clear(self) -> None:
         """Forget every block."""
         self._tags.clear()
+        self._spare.clear()
 
     def take(self) -> Change:
         """The net change since the last call."""

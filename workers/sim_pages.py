@@ -29,6 +29,8 @@ class Pages:
         self._private = 0
         self._holders: dict[bytes, int] = {}  # every named block
         self._idle: dict[bytes, None] = {}  # those that nobody holds, next to go first
+        self._spare: set[bytes] = set()  # those that only requests which yield have used
+        self._first: dict[bytes, None] = {}  # of these the idle ones: they go before the others
         self._told: set[bytes] = set()
         self._touched: dict[bytes, None] = {}
         self._tags: dict[bytes, str] = {}
@@ -43,21 +45,30 @@ class Pages:
         """How many of the leading `keys` are here."""
         return next((i for i, key in enumerate(keys) if key not in self._holders), len(keys))
 
-    def grant(self, named: Sequence[bytes], private: int) -> Grant | None:
+    def grant(self, named: Sequence[bytes], private: int, yields: bool = False) -> Grant | None:
         """Hold blocks that are here and `private` more pages; None if they do not fit now."""
         idle = sum(key in self._idle for key in named)
         if self.held + idle + private > self.total:
             return None
         for key in named:
             self._hold(key)
+        if not yields:
+            self._spare.difference_update(named)
         self._private += private
         self._evict()
         return Grant(list(named), private)
 
-    def publish(self, grant: Grant, keys: Sequence[bytes], tag: str = UNTAGGED) -> None:
+    def publish(
+        self, grant: Grant, keys: Sequence[bytes], tag: str = UNTAGGED, yields: bool = False
+    ) -> None:
         """Private pages of `grant` now hold these blocks, to be found again by `tag`; the ones it
-        had named are skipped."""
-        for key in keys[len(grant.named) :]:
+        had named are skipped. Those of a request that `yields` are the first to go."""
+        new = keys[len(grant.named) :]
+        if yields:
+            self._spare.update(key for key in new if key not in self._holders)
+        else:
+            self._spare.difference_update(new)
+        for key in new:
             grant.private -= 1
             self._private -= 1
             self._hold(key)
@@ -71,6 +82,8 @@ class Pages:
             self._holders[key] -= 1
             if not self._holders[key]:
                 self._idle[key] = None
+                if key in self._spare:
+                    self._first[key] = None
                 if _is_ghost(key):
                     self._forget(key)
         grant.named, grant.private = [], 0
@@ -97,6 +110,7 @@ class Pages:
         self._ghosts += 1
         ghost = _GHOST + self._ghosts.to_bytes(8, "big")
         self._holders[ghost] = self._holders.pop(key)
+        self._spare.discard(key)
         del self._tags[key]
         self._touched[key] = None
         return ghost
@@ -133,13 +147,16 @@ class Pages:
             self._touched[key] = None
         self._holders[key] = self._holders.get(key, 0) + 1
         self._idle.pop(key, None)
+        self._first.pop(key, None)
 
     def _evict(self) -> None:
         while self._private + len(self._holders) > self.total:
-            self._forget(next(iter(self._idle)))
+            self._forget(next(iter(self._first or self._idle)))
 
     def _forget(self, key: bytes) -> None:
         del self._idle[key], self._holders[key]
+        self._first.pop(key, None)
+        self._spare.discard(key)
         self._tags.pop(key, None)
         if not _is_ghost(key):
             self._touched[key] = None

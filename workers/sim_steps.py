@@ -1,7 +1,8 @@
 """The scheduler of a simulated engine: who waits, who computes, who streams, what is leased.
 
 Prefills are computed one at a time in order of arrival, each in a step of its own length; every
-stream of the engine gets one token a step, so a prefill stalls the streams that run beside it.
+stream of the engine gets one token a step, so a prefill stalls the streams that run beside it. One
+that gives way is computed in chunks, between which urgent ones go first.
 """
 
 from collections import Counter, deque
@@ -23,6 +24,7 @@ from workers.messages import (
     Spent,
     Submit,
     Totals,
+    Yielding,
 )
 from workers.sim_host import SimHost
 from workers.sim_pages import Grant, Pages
@@ -32,7 +34,8 @@ from workers.sim_pages import Grant, Pages
 class Run:
     """One request on one engine. `digest` is of the prompt whose KV it uses; a `concealed` one
     runs on KV from before its tenant was forgotten, and names no blocks. The engine had computed
-    `before_tokens` of all prompts when it took this one up."""
+    `before_tokens` of all prompts when it took this one up. It `yields` until `patient_until_s`; of
+    its prompt `done_tokens` are computed."""
 
     submit: Submit
     max_tokens: int
@@ -51,6 +54,14 @@ class Run:
     produced: int = 0
     aborted: bool = False
     concealed: bool = False
+    yields: bool = False
+    patient_until_s: float = 0.0
+    done_tokens: int = 0
+
+    @property
+    def spare(self) -> bool:
+        """Whether its blocks are the first to go."""
+        return self.submit.keep is not None and self.submit.keep.yields
 
     @property
     def prompt_tokens(self) -> int:
@@ -65,7 +76,8 @@ class Run:
     def pending_tokens(self) -> int:
         """Prompt tokens that this engine has still to compute."""
         computes = not self.produced and self.handoff is None
-        return self.prompt_tokens - self.hit_tokens - self.host_tokens if computes else 0
+        had = self.hit_tokens + self.host_tokens + self.done_tokens
+        return self.prompt_tokens - had if computes else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +99,9 @@ class Steps:
         lease_s: float,
         settle: Callable[[Handoff], int | None],
         host_blocks: int = 0,
+        chunk_tokens: int = 512,
     ) -> None:
+        self._chunk_tokens = chunk_tokens
         self._replica, self._lease_s, self._settle = replica, lease_s, settle
         self.pages, self.host = Pages(replica.kv_blocks), SimHost(host_blocks)
         self.runs: dict[str, Run] = {}
@@ -110,6 +124,8 @@ class Steps:
         if submit.handoff is not None:
             recent = now_s < self._forgotten.get(run.tag, 0.0)
             run.concealed = FORGOTTEN in submit.handoff or recent
+        if submit.patience_s is not None:
+            run.yields, run.patient_until_s = True, now_s + submit.patience_s
         if self._pages_of(run) > self.pages.total:
             return False
         self.runs[submit.request_id] = run
@@ -140,19 +156,37 @@ class Steps:
         return self.pages.erase(tags, self._grants())
 
     def admit(self, now_s: float) -> tuple[Run | None, list[Run]]:
-        """Give pages in order of arrival, until one is to compute: that one, and who loads."""
+        """Give pages in order of arrival, urgent ones first, until one is to compute: that one, and
+        who loads."""
+        for run in self.runs.values():
+            run.yields = run.yields and now_s < run.patient_until_s
         loading: list[Run] = []
         while self._waiting and len(self.streams) < self._replica.max_num_seqs:
-            run = self._waiting[0]
+            run = next((run for run in self._waiting if not run.yields), self._waiting[0])
             if not self._reserve(run):
-                break
-            self._waiting.popleft()
+                if run.yields or not self._take_pages():
+                    break
+                continue
+            self._waiting.remove(run)
             if run.begun_s is None:
                 run.begun_s, run.before_tokens = now_s, self._prompt_tokens
             if run.handoff is None:
                 return run, loading
             loading.append(run)
         return None, loading
+
+    def chunk(self, run: Run) -> int:
+        """Prompt tokens that its next step computes."""
+        return min(run.pending_tokens, self._chunk_tokens) if run.yields else run.pending_tokens
+
+    def _take_pages(self) -> bool:
+        """Have the youngest that gives way, and waits for its next chunk, start anew."""
+        run = next((r for r in reversed(self._waiting) if r.yields and r.grant.private), None)
+        if run is not None:
+            self.pages.release(run.grant)
+            run.before_tokens += run.done_tokens  # they are its own, and no other prompt's
+            run.hit_tokens = run.host_tokens = run.done_tokens = 0
+        return run is not None
 
     def loaded(self, run: Run, now_s: float) -> None:
         """A handoff is in and may stream; one that could not be read is computed here."""
@@ -164,7 +198,7 @@ class Steps:
         elif digest is None:
             self._totals["failed_transfers"] += 1
             self.pages.release(run.grant)
-            run.handoff, run.hit_tokens, run.host_tokens = None, 0, 0
+            run.handoff, run.hit_tokens, run.host_tokens, run.done_tokens = None, 0, 0, 0
             self._waiting.appendleft(run)
         else:
             self._totals["transfers"] += 1
@@ -177,9 +211,14 @@ class Steps:
         if computed is not None and computed.aborted:
             self._end(computed)
         elif computed is not None:
-            self._prompt_tokens += computed.pending_tokens
-            self._publish(computed)
-            self.streams.append(computed)
+            chunk = self.chunk(computed)
+            self._prompt_tokens += chunk
+            computed.done_tokens += chunk
+            if computed.pending_tokens:
+                self._waiting.appendleft(computed)
+            else:
+                self._publish(computed)
+                self.streams.append(computed)
         return [self._next_delta(run, now_s) for run in list(self.streams)]
 
     def end_lease(self, request_id: str) -> int | None:
@@ -207,7 +246,15 @@ class Steps:
             leased=len(self.leases),
             kv_usage=self.pages.held / self.pages.total,
             totals=Totals(**self._totals),
+            yielding=self._yielding(),
         )
+
+    def _yielding(self) -> Yielding:
+        runs = [run for run in self.runs.values() if run.yields]
+        started, pending = sum(run.produced > 0 for run in runs), [r.pending_tokens for r in runs]
+        left = [tokens for tokens in pending if tokens]
+        held = sum(run.grant.private + len(run.grant.named) for run in runs)
+        return Yielding(len(runs) - started, started, len(left), sum(left), held / self.pages.total)
 
     def check(self) -> None:
         """Raise unless requests and leases hold exactly the pages that are held."""
@@ -219,14 +266,16 @@ class Steps:
 
     def _publish(self, run: Run) -> None:
         if not run.concealed:
-            self.pages.publish(run.grant, run.keys, run.tag)
-            self.host.put(run.keys, run.tag)
+            self.pages.publish(run.grant, run.keys, run.tag, run.spare)
+            self.host.put(run.keys, run.tag, run.spare)
 
     def _reserve(self, run: Run) -> bool:
+        if run.grant.private:
+            return True  # it computed a chunk before
         # The last token is always computed, as in vLLM, since it gives the logits.
         usable = (run.prompt_tokens - 1) // self._replica.block_tokens
         depth = self.pages.depth(run.keys[:usable])
-        grant = self.pages.grant(run.keys[:depth], self._pages_of(run) - depth)
+        grant = self.pages.grant(run.keys[:depth], self._pages_of(run) - depth, run.spare)
         if grant is None:
             return False
         run.grant, run.hit_tokens = grant, depth * self._replica.block_tokens

@@ -15,6 +15,7 @@ from kv.catalogue import Tier
 from kv.codecs.codec import CodecName
 from kv.fingerprint import engine_facts, fingerprint, folder_identity, snapshot_identity
 from kv.head import HEAD_TOKENS
+from kv.keep import KEEP
 from kv.plan import Hints
 from kv.promoted import DEADLINE
 from workers.messages import Keep
@@ -44,8 +45,6 @@ Resources = dict[str, Annotated[float, Meta(gt=0)]]
 
 # In a request's kv_transfer_params: which replica has its blocks (`with_peer`).
 PEER = "remote_kv_source"
-# And how they may be stored (`Keep`).
-KEEP = "keep"
 
 
 class HostTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

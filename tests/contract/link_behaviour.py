@@ -8,6 +8,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from kv.block import TOKEN_BYTES, split_keys
 from kv.catalogue import Tier
 from kv.salt import UNTAGGED
@@ -18,6 +20,7 @@ from workers.messages import (
     Forget,
     Forgotten,
     Inbox,
+    Keep,
     Link,
     Load,
     Release,
@@ -29,6 +32,7 @@ from workers.messages import (
     Step,
     Submit,
     Welcome,
+    Yielding,
 )
 
 Connect = Callable[[Inbox], Link]
@@ -436,6 +440,31 @@ async def a_prefill_that_runs_when_forgotten_is_not_kept(stage: Stage) -> None:
     await _close(prefill, decode)
 
 
+async def what_is_patient_gives_way(stage: Stage) -> None:
+    """A request that comes behind a dozen patient ones begins before the last of them; all are
+    answered, and the load tells of none that gives way in the end."""
+    _, decode = sides = await _sides(stage)
+    patient = [f"w{number}" for number in range(12)]
+    for number, name in enumerate(patient, start=20):
+        asked = Submit(name, Role.DECODE, stage.prompt(number), stage.body(2))
+        keep = Keep(yields=True)
+        decode.link.send(msgspec.structs.replace(asked, keep=keep, patience_s=600.0))
+    decode.link.send(Submit("urgent", Role.DECODE, stage.prompt(13), stage.body(2)))
+    names = [*patient, "urgent"]
+    await decode.until(lambda: all(map(decode.heard.finished, names)), "all of them")
+    steps = [reply for reply in decode.heard.replies if isinstance(reply, Step)]
+    first = {
+        name: next(
+            at for at, step in enumerate(steps) if any(d.request_id == name for d in step.deltas)
+        )
+        for name in names
+    }
+    assert first["urgent"] < max(first[name] for name in patient)
+    await decode.load(_idle, "an idle replica")
+    assert decode.heard.load.yielding == Yielding()
+    await _close(*sides)
+
+
 def _seconds(*told: Spent) -> list[float]:
     each = ((spent.queued_s, spent.loading_s, spent.computing_s) for spent in told)
     return [seconds for parts in each for seconds in parts]
@@ -476,4 +505,5 @@ BEHAVIOURS: tuple[Callable[[Stage], Awaitable[None]], ...] = (
     a_running_stream_survives_being_forgotten,
     a_leased_prefill_survives_being_forgotten,
     a_prefill_that_runs_when_forgotten_is_not_kept,
+    what_is_patient_gives_way,
 )

@@ -64,12 +64,17 @@ class NotingEngine:
     stalled: float = 0.0
 
     def add(
-        self, request: Any, answered: list[int], hints: Hints | None, keep: Keep | None
+        self,
+        request: Any,
+        answered: list[int],
+        hints: Hints | None,
+        keep: Keep | None,
+        patience_s: float | None,
     ) -> None:
         if request == b"bad":
             raise ValueError("no such option")
         self.added.append(request)
-        self.hints.append((hints, keep))
+        self.hints.append((hints, keep, patience_s))
 
     def abort(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
@@ -209,9 +214,10 @@ async def test_a_request_s_hints_reach_the_engine(pair: Pair) -> None:
     hints = Hints(64, (Tier.HOST,), 0.5)
     pair.link.send(SUBMIT)
     keep = Keep(CodecName.INT8, 60.0)
-    pair.link.send(msgspec.structs.replace(SUBMIT, request_id="r2", hints=hints, keep=keep))
+    told = {"hints": hints, "keep": keep, "patience_s": 9.0}
+    pair.link.send(msgspec.structs.replace(SUBMIT, request_id="r2", **told))
     await until(lambda: len(pair.engine.added) == 2)
-    assert pair.engine.hints == [(None, None), (hints, keep)]
+    assert pair.engine.hints == [(None, None, None), (hints, keep, 9.0)]
 
 
 async def test_load_is_told_when_it_changes(pair: Pair) -> None:
