@@ -148,6 +148,7 @@ def _ingress(
         compute_price=config.router.compute_price,
         policy=config.router.policy,
         shadow=config.router.shadow,
+        batch=config.router.batch,
         session_slack=config.router.session_slack,
         fetch_tokens=config.router.fetch_tokens,
         overrun=config.router.overrun,

@@ -18,6 +18,7 @@ from cluster import tls
 from cluster.errors import ConfigError
 from cluster.home import HOME, default_cache
 from router.policy import Policy
+from router.settings import BatchBounds
 from workers.node import OF_NODE
 from workers.tiers import Resources, Tiers
 
@@ -97,6 +98,7 @@ class RouterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     overrun: Annotated[float, Meta(ge=1)] = 2.0
     retry_s: Seconds | None = 5.0
     probe_s: Seconds = 4.0
+    batch: BatchBounds = BatchBounds()
 
 
 class AuditSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

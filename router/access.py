@@ -8,12 +8,14 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import yaml
 
+from router.context import CLASS_OF_TIER, ServiceClass
 from router.errors import AccessError, KeyFileError
-from router.limits import Limits
+from router.limits import AtLeastOne, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +30,27 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tenant: str
 
 
+class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is set for one tenant: its `Limits`, and OpenAI's service tier of its requests that name
+    none."""
+
+    max_requests: AtLeastOne | None = None
+    tokens_per_minute: AtLeastOne | None = None
+    service_tier: Literal["default", "flex"] = "default"
+
+    @property
+    def limits(self) -> Limits | None:
+        """None for any amount."""
+        limits = Limits(max_requests=self.max_requests, tokens_per_minute=self.tokens_per_minute)
+        return None if limits == Limits() else limits
+
+
 class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file's content; `admin` keys open /admin and nothing else, `tenants` are limited."""
+    """The file's content; `admin` keys open /admin and nothing else."""
 
     keys: tuple[Key, ...] = ()
     admin: tuple[str, ...] = ()
-    tenants: dict[str, Limits] = {}
+    tenants: dict[str, Tenant] = {}
 
 
 def digest(key: str) -> str:
@@ -52,8 +69,11 @@ def read(path: Path) -> KeyFile:
             raise KeyFileError(str(path), f"{each[:8]}… is no SHA-256 in lower-case hex")
     # A name that is spelt differently in the two lists would leave its tenant without limits.
     for tenant in content.tenants.keys() - {key.tenant for key in content.keys}:
-        raise KeyFileError(str(path), f"tenants.{tenant} has limits, and no key is of that tenant")
+        raise KeyFileError(str(path), f"tenants.{tenant} is set, and no key is of that tenant")
     return content
+
+
+_UNSET = Tenant()
 
 
 class KeyRing:
@@ -76,7 +96,11 @@ class KeyRing:
 
     def limits(self, tenant: str) -> Limits | None:
         """What `tenant` may ask for; None for any amount."""
-        return self._limits.get(tenant)
+        return self._tenants_set.get(tenant, _UNSET).limits
+
+    def service_class(self, tenant: str) -> ServiceClass:
+        """What requests of `tenant` are that do not say it."""
+        return CLASS_OF_TIER[self._tenants_set.get(tenant, _UNSET).service_tier]
 
     def check_admin(self, key: str | None) -> None:
         """Raise `AccessError` unless `key` is an admin key."""
@@ -103,7 +127,7 @@ class KeyRing:
     def _take(self, content: KeyFile) -> None:
         self._tenants = {key.sha256: key.tenant for key in content.keys}
         self._admin = frozenset(content.admin)
-        self._limits = content.tenants
+        self._tenants_set = content.tenants
 
     def _stat(self) -> tuple[int, int]:
         try:

@@ -1,10 +1,10 @@
 """Whether one more request may enter."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from router.context import Notes
-from router.errors import OverloadedError, TooManyError
+from router.errors import OverloadedError, RouterError, TooManyError
 
 
 class Admission:
@@ -14,16 +14,19 @@ class Admission:
     begin later, once the prompt is tokenized, and for a stream behind the start of its response.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(
+        self, limit: int, full: Callable[[int, int], RouterError] = OverloadedError
+    ) -> None:
+        self._limit, self._full = limit, full
         self.held = 0
 
     def check(self, n: int = 1) -> None:
-        """Raise `OverloadedError` if `n` more would not fit now, `TooManyError` if ever."""
+        """Raise the error of a `full` house if `n` more would not fit now, `TooManyError` if
+        ever."""
         if n > self._limit:
             raise TooManyError(n, self._limit)
         if self.held + n > self._limit:
-            raise OverloadedError(self.held, self._limit)
+            raise self._full(self.held, self._limit)
 
     def reserve(self, n: int, notes: Notes) -> None:
         """Keep `n` places for the call of `notes` until `release`; raises as `check` does."""

@@ -25,7 +25,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kv.block import pack_tokens
-from router.context import Bound, Notes, RequestContext, bound
+from router.context import Bound, Notes, RequestContext, ServiceClass, bound
 from router.errors import STATUS, RouterError, UnservableError
 from router.pipeline import Pipeline
 from router.request import Request
@@ -142,7 +142,7 @@ class ClusterClient(AsyncLLM):
         """Refuse before a response is begun, where a status can still be sent."""
         try:
             asked = bound.get()
-            self._pipeline.check(n, asked.notes if asked else None)
+            self._pipeline.check(n, asked)
         except RouterError as error:
             raise _http_error(error) from error
 
@@ -221,7 +221,7 @@ def _request(request: EngineCoreRequest, salter: Salter) -> Request:
 def _keep(context: RequestContext, salter: Salter) -> Keep | None:
     """How the blocks may be stored; None for as all are."""
     codec = None if salter.gate(context.codec) is None else context.codec
-    keep = Keep(codec, context.retention_s)
+    keep = Keep(codec, context.retention_s, context.service_class is ServiceClass.BATCH)
     return None if keep == Keep() else keep
 
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 # The rows of `Columns.loads`.
-BASE_S, PER_TOKEN_S, PER_TOKEN2_S, QUEUE_S, WAITING_S, ENTRY_S, OWN_S, RUNNING, UNNAMED = range(9)
-_ROWS = 9
+BASE_S, PER_TOKEN_S, PER_TOKEN2_S, QUEUE_S, WAITING_S, ENTRY_S, OWN_S, RUNNING = range(8)
+UNNAMED, YIELDING = 8, 9
+_ROWS = 10
 
 # The order in which an engine asks the tiers behind its paged KV.
 TIER_ORDER = tuple(tier for tier in Tier if tier is not Tier.DEVICE)
@@ -88,13 +89,13 @@ class TierColumns(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Replicas by name, decode replicas first; `loads` is float64 of shape (9, replicas).
+    """Replicas by name, decode replicas first; `loads` is float64 of shape (10, replicas).
 
     Its rows are the prefill curve's three coefficients; seconds until what is queued is computed;
     seconds until those that wait run; what a handoff to it costs beside its link; what a local
-    prefill costs beside its compute; how many streams run; and 1 where tiers hold what nobody was
-    told of. `hit_tokens` is float64 a replica. `tiers` is None where none holds more than the paged
-    KV does.
+    prefill costs beside its compute; how many streams run; 1 where tiers hold what nobody was told
+    of; and how many requests it has that give way. `hit_tokens` is float64 a replica. `tiers` is
+    None where none holds more than the paged KV does.
     """
 
     names: tuple[str, ...]
@@ -149,6 +150,7 @@ def load_of(row: "ReplicaView") -> tuple[float, ...]:
         *costs,
         float(row.running),
         float(row.unnamed),
+        float(row.yielding),
     )
 
 

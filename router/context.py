@@ -24,14 +24,18 @@ DEFAULT_TENANT = "default"
 # OpenAI's `prompt_cache_retention`; "in_memory" asks for what is usual.
 RETENTION_S = {"24h": 86_400.0}
 
-# OpenAI's service tiers; DESIGN.md's mapping.
+# OpenAI's service tiers. `auto` asks for what the tenant's key says, as a request without one does.
+AUTO = "auto"
 CLASS_OF_TIER = {
-    "auto": ServiceClass.INTERACTIVE,
     "default": ServiceClass.INTERACTIVE,
     "scale": ServiceClass.INTERACTIVE,
     "priority": ServiceClass.INTERACTIVE,
     "flex": ServiceClass.BATCH,
+    # Anthropic's word for what is not to be prioritized.
+    "standard_only": ServiceClass.INTERACTIVE,
 }
+# And how an answer says what was used.
+TIER_OF_CLASS = {ServiceClass.INTERACTIVE: "default", ServiceClass.BATCH: "flex"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,16 @@ LATE = "deadline"
 
 
 class Deadline:
-    """Cancels the task that made it once the request's time is over; `stop` ends the watch."""
+    """Cancels the task that made it once the request's time is over, of which `spent_s` are gone;
+    `stop` ends the watch."""
 
-    def __init__(self, context: RequestContext) -> None:
+    def __init__(self, context: RequestContext, spent_s: float = 0.0) -> None:
         self._context, self._task = context, asyncio.current_task()
         self._timer: asyncio.TimerHandle | None = None
         if context.timeout_s is not None and self._task is not None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(context.timeout_s, self._task.cancel, LATE)
+            left_s = context.timeout_s - spent_s
+            self._timer = loop.call_later(max(0.0, left_s), self._task.cancel, LATE)
 
     def stop(self) -> None:
         if self._timer is not None:

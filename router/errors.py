@@ -3,6 +3,7 @@
 RouterError
 ├── NoReplicaError      no replica can serve this request now         503
 ├── OverloadedError     the ingress holds as many requests as it may  503
+├── RoomFullError       as many batch requests wait and run as may    429
 ├── RateLimitError      a tenant is over its limits                   429
 ├── TooManyError        one call asks for more answers than fit       400
 ├── UnservableError     a request that no engine can be given            400
@@ -47,6 +48,20 @@ class OverloadedError(RouterError):
 
     def __str__(self) -> str:
         return f"{self.held} requests in flight, {self.limit} allowed; try again shortly"
+
+
+class RoomFullError(RouterError):
+    """The ingress holds as many batch requests as it may."""
+
+    def __init__(self, held: int, limit: int) -> None:
+        super().__init__(held, limit)
+        self.held, self.limit = held, limit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.held} batch requests (service_tier flex) wait or run, {self.limit} allowed; "
+            "send fewer at a time, or raise router.batch.max_requests"
+        )
 
 
 class RateLimitError(RouterError):
@@ -155,6 +170,7 @@ class RequestLostError(RouterError):
 STATUS: dict[type[RouterError], HTTPStatus] = {
     NoReplicaError: HTTPStatus.SERVICE_UNAVAILABLE,
     OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    RoomFullError: HTTPStatus.TOO_MANY_REQUESTS,
     RateLimitError: HTTPStatus.TOO_MANY_REQUESTS,
     TooManyError: HTTPStatus.BAD_REQUEST,
     UnservableError: HTTPStatus.BAD_REQUEST,

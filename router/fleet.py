@@ -41,7 +41,8 @@ class Fleet:
         book: Book = _NOTHING_KEPT,
         retry_s: float | None = RETRY_S,
     ) -> None:
-        self._connect, self.line, self._now, self._random = connect, line, now, rng
+        self._connect, self.line, self._random = connect, line, rng
+        self.now = self._now = now
         self._expects_prefill, self._body = expects_prefill, warm_body
         self.roster = Roster(directory, self, now)
         self.pairs = Pairs(warm_body, rng, book.links, retry_s)

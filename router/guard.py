@@ -4,6 +4,7 @@ A plain ASGI middleware, since it must see bodies before vLLM parses them and ho
 headers until the plan is known. `router.intake` reads what was sent.
 """
 
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -12,7 +13,14 @@ from starlette.responses import JSONResponse
 from router.access import KeyRing
 from router.admission import Admission
 from router.asgi import App, Message, Receive, Scope, Send
-from router.context import DEFAULT_TENANT, Bound, Notes, RequestContext, bound
+from router.context import (
+    DEFAULT_TENANT,
+    Bound,
+    Notes,
+    RequestContext,
+    ServiceClass,
+    bound,
+)
 from router.errors import AccessError, RateLimitError
 from router.intake import (
     GENERATING,
@@ -33,8 +41,8 @@ from router.limits import Ledger, headers, slot
 class Guard:
     """Wraps vLLM's app. `max_body_bytes` bounds a request body; `timeout_s` bounds a request's
     time, and so does its header x-request-timeout; with `keys`, each request needs one, and
-    `ledger` holds their tenants to the limits that stand there. `admission` is where calls reserve
-    places."""
+    `ledger` holds their tenants to the limits that stand there. `admissions` are where calls of
+    each class reserve places."""
 
     def __init__(
         self,
@@ -43,11 +51,11 @@ class Guard:
         timeout_s: float | None = None,
         keys: KeyRing | None = None,
         ledger: Ledger | None = None,
-        admission: Admission | None = None,
+        admissions: Mapping[ServiceClass, Admission] | None = None,
     ) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
         self._timeout_s, self._keys, self._ledger = timeout_s, keys, ledger
-        self._admission = admission
+        self._admissions = admissions or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,8 +70,8 @@ class Guard:
             except Refusal as refusal:
                 await _refuse(refusal, request_id)(scope, receive, send)
                 return
-            if self._admission is not None:
-                held.callback(self._admission.release, notes)
+            if context.service_class in self._admissions:
+                held.callback(self._admissions[context.service_class].release, notes)
             token = bound.set(Bound(context, notes))
             try:
                 reply = _Reply(send, request_id, notes, limited)
@@ -77,8 +85,9 @@ class Guard:
         """The request's context and body, once all that can be checked here is well."""
         check_route(scope["method"], scope["path"])
         tenant = _tenant(scope, self._keys)
+        usual = self._keys.service_class(tenant) if self._keys else ServiceClass.INTERACTIVE
         body = await read_body(scope, receive, self._max_body_bytes)
-        context, body = entered(request_id, body)
+        context, body = entered(request_id, body, scope["path"], usual)
         timeout_s = timeout_of(scope, self._timeout_s)
         context = replace(context, tenant=tenant, timeout_s=timeout_s, codec=codec_of(scope))
         return context, body

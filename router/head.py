@@ -44,8 +44,8 @@ async def _compute(fleet: Fleet, attempt: "Attempt", record: Record) -> None:
         return
     keys = attempt.keys[: head.end_token // fleet.block_tokens()]
     try:
-        with fleet.expecting(head.replica, head.end_token - head.start_token, keys):
-            async with prefill.run(_submit(attempt, head)) as deltas:
+        with attempt.expected(fleet, head.replica, head.end_token - head.start_token, keys):
+            async with prefill.run(_submit(fleet, attempt, head)) as deltas:
                 async for delta in deltas:
                     record.prefill_sources = delta.sources or record.prefill_sources
                     record.prefill_spent = delta.spent or record.prefill_spent
@@ -53,8 +53,9 @@ async def _compute(fleet: Fleet, attempt: "Attempt", record: Record) -> None:
         logger.info("%s goes on without its head: %s", attempt.engine_id, error)
 
 
-def _submit(attempt: "Attempt", head: Span) -> Submit:
-    """The prompt as far as the head goes. What P has is a hit; more than that it computes."""
+def _submit(fleet: Fleet, attempt: "Attempt", head: Span) -> Submit:
+    """The prompt as far as the head goes. What P has is a hit; more than that it computes. It
+    gives way to others as its request does."""
     request = attempt.request
     return Submit(
         attempt.engine_id,
@@ -64,6 +65,7 @@ def _submit(attempt: "Attempt", head: Span) -> Submit:
         hints=Hints(head.start_token),
         keep=request.keep,
         lends=True,
+        patience_s=request.patience_s(fleet.now()),
     )
 
 

@@ -43,7 +43,9 @@ from router.roster import Directory
 from router.salt import Salter
 from router.settings import IngressSettings
 from router.shadow import Shadow
+from router.tiers_told import tell_tiers
 from router.vault import VaultView
+from router.waiting import Room, RoomMetrics
 from workers.messages import Inbox, Link, Replica, Role
 
 logger = logging.getLogger(__name__)
@@ -97,7 +99,10 @@ class Ingress:
         if self._log is not None:
             registry.register(self._log)
         audit = Audit(now, RequestMetrics(registry), log=self._log)
-        self._admission = Admission(settings.max_requests)
+        room_metrics = RoomMetrics(registry)
+        room = room_metrics.room = Room(self.fleet, settings.batch, now, room_metrics)
+        admission = Admission(settings.max_requests)
+        self._admissions = room.admissions(admission)
         prices = Prices(
             settings.assumed_streams,
             settings.compute_price,
@@ -106,7 +111,7 @@ class Ingress:
             settings.overrun,
         )
         planner = Planner(self.fleet, prices, self._in_force.order)
-        pipeline = Pipeline(self.fleet, planner, shadow, self._admission, audit, now)
+        pipeline = Pipeline(self.fleet, planner, shadow, admission, audit, now, room)
         salter = Salter(settings.secret, self._keys is not None, settings.gates)
         self._client = ClusterClient(config, pipeline, salter)
         policies = PolicyAdmin(self._in_force, shadow)
@@ -163,13 +168,14 @@ class Ingress:
                 tasks.create_task(curve_book.follow(self._curves, self.fleet.book))
 
     async def _app(self) -> App:
+        tell_tiers()
         vllm_app = build_app(self._args, ("generate",), self._client.model_config)
         self._state = vllm_app.state
         await init_app_state(self._client, vllm_app.state, self._args, ("generate",))
         settings = self._settings
         ledger = SharedLedger(self._line, asyncio.get_running_loop().time)
         bounds = (settings.max_body_bytes, settings.request_timeout_s)
-        guard = Guard(vllm_app, *bounds, self._keys, ledger, self._admission)
+        guard = Guard(vllm_app, *bounds, self._keys, ledger, self._admissions)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             ours = scope["type"] == "http" and scope["path"].startswith(PATHS)

@@ -14,7 +14,14 @@ from typing import Any
 
 from kv.codecs.codec import CodecName
 from router.asgi import Message, Receive, Scope
-from router.context import CLASS_OF_TIER, RETENTION_S, RequestContext, ServiceClass
+from router.context import (
+    AUTO,
+    CLASS_OF_TIER,
+    RETENTION_S,
+    TIER_OF_CLASS,
+    RequestContext,
+    ServiceClass,
+)
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -32,6 +39,8 @@ ROUTES = {
 }
 # Those that generate, to which tenants' limits apply.
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+# Its answers repeat the tier that was asked for; they are to say the one that was used.
+_RESPONSES = "/v1/responses"
 _NOT_SERVED = {
     "/v1/embeddings": "embeddings",
     "/v1/images/generations": "images",
@@ -64,8 +73,11 @@ class Refusal(Exception):
     headers: Headers = ()
 
 
-def entered(request_id: str, body: bytes) -> tuple[RequestContext, bytes]:
-    """The request's context, and its body without what steers the cluster."""
+def entered(
+    request_id: str, body: bytes, path: str = "", usual: ServiceClass = ServiceClass.INTERACTIVE
+) -> tuple[RequestContext, bytes]:
+    """The request's context, and its body without what steers the cluster. Its class is the
+    tenant's `usual` one where it asks for none."""
     try:
         body.decode()
     except UnicodeDecodeError as error:
@@ -76,19 +88,22 @@ def entered(request_id: str, body: bytes) -> tuple[RequestContext, bytes]:
     except RecursionError as error:
         raise Refusal(400, "the body is nested too deeply") from error
     except ValueError:
-        return RequestContext(request_id), body  # vLLM words the error
+        return RequestContext(request_id, service_class=usual), body  # vLLM words the error
     if not isinstance(fields, dict):
-        return RequestContext(request_id), body
+        return RequestContext(request_id, service_class=usual), body
     _check_objects(fields)
     context = RequestContext(
         request_id=request_id,
-        service_class=_service_class(fields.get("service_tier")),
+        service_class=_service_class(fields.get("service_tier"), usual),
         cache_key=_text(fields, "prompt_cache_key"),
         safety_identifier=_text(fields, "safety_identifier"),
         retention_s=RETENTION_S.get(_text(fields, "prompt_cache_retention") or ""),
     )
-    removed = [fields.pop(name) for name in _STEERING if name in fields]
-    return context, json.dumps(fields).encode() if removed else body
+    changed = [fields.pop(name) for name in _STEERING if name in fields]
+    if path == _RESPONSES and fields.get("service_tier") != TIER_OF_CLASS[context.service_class]:
+        changed.append("service_tier")
+        fields["service_tier"] = TIER_OF_CLASS[context.service_class]
+    return context, json.dumps(fields).encode() if changed else body
 
 
 def _check_objects(fields: dict[str, Any]) -> None:
@@ -192,12 +207,15 @@ def codec_of(scope: Scope) -> CodecName | None:
         raise Refusal(400, f"x-breakeven-codec is {given[:40]!r}; give one of {known}") from error
 
 
-def _service_class(tier: object) -> ServiceClass:
-    return (
-        CLASS_OF_TIER.get(tier, ServiceClass.INTERACTIVE)
-        if isinstance(tier, str)
-        else (ServiceClass.INTERACTIVE)
-    )
+def _service_class(tier: object, usual: ServiceClass) -> ServiceClass:
+    if tier is None or tier == AUTO:
+        return usual
+    found = CLASS_OF_TIER.get(tier) if isinstance(tier, str) else None
+    if found is None:
+        given = repr(tier)[:40] if isinstance(tier, str) else f"a JSON {type(tier).__name__}"
+        known = ", ".join((AUTO, *CLASS_OF_TIER))
+        raise Refusal(400, f"service_tier is {given}; give one of {known}")
+    return found
 
 
 def _text(fields: dict[str, Any], name: str) -> str | None:

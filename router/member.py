@@ -64,6 +64,8 @@ class Member:
         self.heard_at = now()
         self._sequence: int | None = None
         self._answers: dict[str, asyncio.Queue[Delta | WorkerError]] = {}
+        # Those of them that give way to others.
+        self._yielding: set[str] = set()
         self._orphans: dict[str, tuple[float, Callable[[Handoff], None]]] = {}
         self._readers: list[Callable[[WorkerError], None]] = []
         self._orders: dict[str, asyncio.Future[Forgotten]] = {}
@@ -78,6 +80,11 @@ class Member:
     def requests(self) -> int:
         """Requests that it runs for this ingress."""
         return len(self._answers)
+
+    @property
+    def yielding(self) -> int:
+        """How many of them give way to others."""
+        return len(self._yielding)
 
     @asynccontextmanager
     async def run(
@@ -94,6 +101,8 @@ class Member:
         request_id = submit.request_id
         answers: asyncio.Queue[Delta | WorkerError] = asyncio.Queue()
         self._answers[request_id] = answers
+        if submit.patience_s is not None:
+            self._yielding.add(request_id)
         self._on_change(self)
         self._link.send(submit)
         try:
@@ -103,6 +112,7 @@ class Member:
             if unread is not None:
                 self._take_unread(request_id, answers, unread)
             unfinished = self._answers.pop(request_id, None) is not None
+            self._yielding.discard(request_id)
             self._on_change(self)
             if unfinished and self.up:
                 self._link.send(Abort([request_id]))
@@ -199,6 +209,7 @@ class Member:
         for answers in self._answers.values():
             answers.put_nowait(ReplicaLostError(self.name, complaint))
         self._answers.clear()
+        self._yielding.clear()
         self._on_change(self)
         for fail in self._readers:
             fail(ReplicaLostError(self.name, complaint))
@@ -249,6 +260,7 @@ class Member:
         if answers is not None:
             if delta.finish_reason is not None:
                 del self._answers[delta.request_id]
+                self._yielding.discard(delta.request_id)
                 self._on_change(self)
             answers.put_nowait(delta)
         elif delta.handoff is not None and delta.request_id in self._orphans:

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from kv.catalogue import Tier
 from router.audit import Record
+from router.context import ServiceClass
 from router.fleet import Fleet
 from router.member import Member, tier_bytes
 from router.orders import Order
@@ -83,7 +84,9 @@ class RequestMetrics:
         if ttft_s is None:
             return
         self._ttft.labels(record.service_class, record.plan.shape).observe(ttft_s)
-        if len(record.plans) == 1 and record.plan.predicted_ttft_s > 0:
+        # Nobody can say how long a batch request gives way to others.
+        urgent = record.service_class != ServiceClass.BATCH
+        if urgent and len(record.plans) == 1 and record.plan.predicted_ttft_s > 0:
             ratio = ttft_s / record.plan.predicted_ttft_s
             self._ratio.labels(record.plan.shape).observe(ratio)
 

@@ -1,21 +1,23 @@
 """The path of one request: admit, name its blocks, look, plan, run, stream, audit."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator
-from contextlib import ExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 from kv.block import pack_tokens
 from kv.plan import Reason
 from router.admission import Admission
 from router.audit import Audit, Record
-from router.context import Notes
+from router.context import Bound, ServiceClass
 from router.deadline import Deadline
 from router.errors import NoReplicaError, RequestLostError, RouterError
 from router.fleet import Fleet
 from router.planner import Planner
 from router.request import Request
 from router.run import Attempt, run
+from router.settings import BatchBounds
 from router.shadow import Shadow
+from router.waiting import Place, Room
 from workers.errors import WorkerError
 from workers.messages import Delta, Role
 
@@ -36,9 +38,12 @@ class Pipeline:
         admission: Admission,
         audit: Audit,
         now: Callable[[], float],
+        room: Room | None = None,
     ) -> None:
         self._fleet, self._planner, self._shadow = fleet, planner, shadow
-        self._admission, self._audit, self._now = admission, audit, now
+        self._audit, self._now = audit, now
+        self._room = room or Room(fleet, BatchBounds(), now)
+        self._admissions = self._room.admissions(admission)
 
     async def serve(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The deltas of one request, until one has a finish reason.
@@ -46,13 +51,14 @@ class Pipeline:
         Raises a `RouterError` when nobody can serve it. Closing the iterator aborts the request
         on every engine.
         """
-        with self._admit(request):  # 1 admit
+        async with self._admit(request) as (request, place):  # 1 admit
             record = await self._planned(request)  # 2 to 4
             request.notes.used_tokens += request.prompt_tokens
-            deadline = Deadline(request.context)
+            deadline = Deadline(request.context, place.waited_s)
             try:
                 async with aclosing(self._run(request, record)) as deltas:  # 5 run
                     async for delta in deltas:
+                        place.answered()
                         self._audit.delta(record, delta)
                         request.notes.used_tokens += len(delta.token_ids)
                         yield delta  # 6 stream
@@ -68,25 +74,28 @@ class Pipeline:
                 deadline.stop()
                 self._audit.close(record)  # 7 audit
 
-    def check(self, n: int, notes: Notes | None = None) -> None:
-        """Raise what `serve` would raise for `n` requests now, where a status can be sent; with
-        the call's `notes`, keep their places until it ends."""
-        if notes is None:
-            self._admission.check(n)
+    def check(self, n: int, asked: Bound | None = None) -> None:
+        """Raise what `serve` would raise for `n` requests now, where a status can be sent; of the
+        call that is `asked`, keep their places until it ends."""
+        if asked is None:
+            self._admissions[ServiceClass.INTERACTIVE].check(n)
         else:
-            self._admission.reserve(n, notes)
+            self._admissions[asked.context.service_class].reserve(n, asked.notes)
         if not self._fleet.up(Role.DECODE):
             raise NoReplicaError(len(self._fleet.up(Role.PREFILL)), 0)
 
-    @contextmanager
-    def _admit(self, request: Request) -> Iterator[None]:
-        with ExitStack() as held:
+    @asynccontextmanager
+    async def _admit(self, request: Request) -> AsyncIterator[tuple[Request, Place]]:
+        """A place for it, and a batch request's turn."""
+        async with AsyncExitStack() as held:
             try:
-                held.enter_context(self._admission.admit(request.notes))
+                admission = self._admissions[request.context.service_class]
+                held.enter_context(admission.admit(request.notes))
+                turn = await held.enter_async_context(self._room.turn(request))
             except RouterError as error:
                 self._audit.refuse(request, error)
                 raise
-            yield
+            yield turn
 
     async def _planned(self, request: Request) -> Record:
         """2 name its blocks, 3 look and take a snapshot, 4 plan."""

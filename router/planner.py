@@ -56,6 +56,8 @@ class Planner:
             ticket=next(self._tickets),
             fetch_tokens=self._prices.fetch_tokens,
             overrun=self._prices.overrun,
+            yields=request.patience_s(self._fleet.now()) is not None,
+            may_split=request.keep is None or not request.keep.yields,
         )
         order = self._order()
         plan = CHOOSE[order.policy](question)

@@ -198,21 +198,27 @@ def view_of(member: Member, sent: Taken, others: Taken = NOTHING) -> ReplicaView
     """A replica's row, before anything is known of the prompt.
 
     Its report lags by up to a beat; what ingresses sent and it has not answered is known at once.
+    What gives way is nobody's queue: it is counted apart.
     """
-    replica, load = member.replica, member.load
-    unreported = member.requests + sent.requests - sent.prefills + others.requests
+    replica, load, gives_way = member.replica, member.load, member.load.yielding
+    unreported = member.requests - member.yielding
+    unreported += sent.requests - sent.prefills + others.requests
     return ReplicaView(
         member.name,
         member.speed.curve,
         member.speed.step_s,
-        max(load.pending_prefills, sent.prefills + others.prefills),
-        max(load.pending_prefill_tokens, sent.prefill_tokens + others.prefill_tokens),
-        load.waiting,
-        max(load.running, unreported),
+        max(load.pending_prefills - gives_way.pending_prefills, sent.prefills + others.prefills),
+        max(
+            load.pending_prefill_tokens - gives_way.pending_prefill_tokens,
+            sent.prefill_tokens + others.prefill_tokens,
+        ),
+        load.waiting - gives_way.waiting,
+        max(load.running - gives_way.running, unreported),
         replica.max_num_seqs,
         0,
         _tiers(load.tiers) if load.tiers else (),
         any(tier.unnamed for tier in load.tiers.values()),
+        max(gives_way.waiting + gives_way.running, member.yielding),
     )
 
 

@@ -15,7 +15,8 @@ class Request:
     `workers.messages.Submit`). `local_only`: every position must be computed where the answer
     is made, because the prompt's own logprobs were asked for. `answered` are tokens of the
     answer that were streamed before a replica was lost; `uncarried` names what could not go on
-    elsewhere behind them. `keep` is how its blocks may be stored. `max_tokens` bounds its answer.
+    elsewhere behind them. `keep` is how its blocks may be stored. `max_tokens` bounds its answer. A
+    batch request gives way to others until `patient_until_s` of the ingress's clock.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class Request:
     uncarried: str | None = None
     keep: Keep | None = None
     max_tokens: int | None = None
+    patient_until_s: float | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -39,6 +41,12 @@ class Request:
     def known(self) -> bytes:
         """The prompt and what was answered, packed."""
         return self.tokens + self.answered
+
+    def patience_s(self, now_s: float) -> float | None:
+        """How long it still gives way to others; None once it is as urgent as any."""
+        if self.patient_until_s is None or now_s >= self.patient_until_s:
+            return None
+        return self.patient_until_s - now_s
 
     def behind(self, answered: bytes) -> "Request":
         """The same request, some of whose answer was given; prompt logprobs were among it."""

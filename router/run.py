@@ -7,7 +7,7 @@ until D has read them: over some transports a read from a P that hangs would sta
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,6 +54,18 @@ class Attempt:
         prefill = self.prefill if self.in_prefill else None
         return prefill or self.plan.decode
 
+    @property
+    def yields(self) -> bool:
+        """Whether it gives way to others on engines."""
+        return self.request.patient_until_s is not None
+
+    def expected(
+        self, fleet: Fleet, name: str, tokens: int = 0, keys: Sequence[bytes] = ()
+    ) -> AbstractContextManager[None]:
+        """While this is on its way to a replica. Others plan by what that was sent, but for what
+        gives way to them."""
+        return nullcontext() if self.yields else fleet.expecting(name, tokens, keys)
+
 
 async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[Delta, None]:
     """The decode replica's deltas, under the request's own id.
@@ -67,7 +79,7 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
         decode: Member | None = None
         try:
             decode = _member(fleet, attempt.plan.decode)
-            async with decode.run(_submit(attempt, Role.DECODE, handoff)) as deltas:
+            async with decode.run(_submit(fleet, attempt, Role.DECODE, handoff)) as deltas:
                 if attempt.prefill is not None:
                     prefill = _member(fleet, attempt.prefill)
                     expected.enter_context(prefill.read_by(decode, attempt.engine_id))
@@ -77,7 +89,8 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
                     record.decode_sources = delta.sources or record.decode_sources
                     if delta.spent is not None:
                         record.decode_spent = delta.spent
-                        fleet.refit.soon(attempt.plan, record)
+                        if not attempt.yields:  # else it took as long as others let it
+                            fleet.refit.soon(attempt.plan, record)
                     yield _outward(attempt, delta, record)
         except ReplicaLostError as error:
             if error.replica == attempt.prefill:
@@ -90,8 +103,8 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
 def _expecting(fleet: Fleet, attempt: Attempt) -> AbstractContextManager[None]:
     """D's part in the plan: a stream to come, and the prompt's compute unless P has it."""
     if attempt.prefill is not None:
-        return fleet.expecting(attempt.plan.decode)
-    return fleet.expecting(attempt.plan.decode, attempt.computes_tokens, attempt.keys)
+        return attempt.expected(fleet, attempt.plan.decode)
+    return attempt.expected(fleet, attempt.plan.decode, attempt.computes_tokens, attempt.keys)
 
 
 async def _handoff(fleet: Fleet, attempt: Attempt, record: Record) -> Handoff | None:
@@ -108,9 +121,9 @@ async def _handoff(fleet: Fleet, attempt: Attempt, record: Record) -> Handoff | 
 async def _prefill(fleet: Fleet, attempt: Attempt, name: str, record: Record) -> Handoff:
     """P's handoff for D to take."""
     prefill = _member(fleet, name)
-    submit = _submit(attempt, Role.PREFILL, None)
+    submit = _submit(fleet, attempt, Role.PREFILL, None)
     unread = partial(_release, fleet, attempt)
-    with fleet.expecting(name, attempt.computes_tokens, attempt.keys):
+    with attempt.expected(fleet, name, attempt.computes_tokens, attempt.keys):
         async with prefill.run(submit, unread) as deltas:
             async for delta in deltas:
                 record.prefill_sources = delta.sources or record.prefill_sources
@@ -133,7 +146,7 @@ def _member(fleet: Fleet, name: str) -> Member:
     return member
 
 
-def _submit(attempt: Attempt, role: Role, handoff: Handoff | None) -> Submit:
+def _submit(fleet: Fleet, attempt: Attempt, role: Role, handoff: Handoff | None) -> Submit:
     request, hints = attempt.request, attempt.plan.hints
     return Submit(
         attempt.engine_id,
@@ -144,6 +157,7 @@ def _submit(attempt: Attempt, role: Role, handoff: Handoff | None) -> Submit:
         request.answered,
         hints,
         request.keep,
+        patience_s=request.patience_s(fleet.now()),
     )
 
 

@@ -1,6 +1,9 @@
 """What an ingress is told; apart from the ingress, so that cluster/ need not load vLLM."""
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from kv.codecs.codec import CodecName
 from kv.live import RETRY_S
@@ -13,6 +16,15 @@ class AuditPlace(msgspec.Struct, frozen=True):
     folder: str
     file_bytes: int
     files: int
+
+
+class BatchBounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What bounds batch requests at one ingress; configs/cpu.yaml explains each under `router`."""
+
+    max_requests: Annotated[int, Meta(ge=1)] = 256
+    max_age_s: Annotated[float, Meta(gt=0)] = 300.0
+    seats: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    kv: Annotated[float, Meta(gt=0, le=1)] = 0.25
 
 
 class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +53,7 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     curves_file: str | None = None
     policy: Policy = Policy.BREAKEVEN
     shadow: Policy | None = None
+    batch: BatchBounds = BatchBounds()
     # Lossy codecs that the model may use, each with its gate's id.
     gates: dict[CodecName, str] = {}
     tls_cert_file: str | None = None

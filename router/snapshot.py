@@ -31,7 +31,8 @@ class ReplicaView:
 
     `queued_tokens` are prompt tokens of `queued_prefills` other requests that it has still to
     compute; `hit_tokens` is how much of this request's prompt its paged KV holds. `unnamed`: its
-    tiers hold blocks of which it does not know yet what prompts they belong to.
+    tiers hold blocks of which it does not know yet what prompts they belong to. `yielding` requests
+    are in none of these figures, since they give way.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ReplicaView:
     hit_tokens: int
     tiers: tuple[TierView, ...] = ()
     unnamed: bool = False
+    yielding: int = 0
 
     @property
     def queue_s(self) -> float:

@@ -34,6 +34,7 @@ from router.columns import (
 )
 from router.errors import NoReplicaError
 from router.policy import peer, split, tiers
+from router.policy.objective import objective
 from router.policy.question import Question
 from router.policy.session import preferred
 
@@ -147,14 +148,16 @@ def choose(question: Question) -> Plan:
 def _price(question: Question) -> _Prices:
     n, snapshot = question.prompt_tokens, question.snapshot
     columns = snapshot.columns or Columns.of(snapshot.decode, snapshot.prefill, snapshot.links)
+    prices = objective(question)
+    told, columns = columns, prices.priced(columns)
     names, n_decode, loads, links, hit_tokens, _ = columns
     hit_tokens = _usable(n, hit_tokens)
     lacked = n - hit_tokens
     lacked_bytes = lacked * snapshot.kv_bytes_per_token
     # What a second of computing costs; on a decode replica streams stall meanwhile.
-    weight, taken = np.maximum(loads[RUNNING], question.assumed_streams), None
-    weight[n_decode:] = 0.0
-    weight += 1.0 + question.compute_price
+    streams, taken = np.maximum(loads[RUNNING], question.assumed_streams), None
+    streams[n_decode:] = 0.0
+    weight = prices.weigh(loads, streams)
     if columns.tiers is not None and not question.local_only:
         taken = _taken(n, columns, hit_tokens, weight, snapshot.kv_bytes_per_token)
         lacked = n - taken.hit_tokens
@@ -170,7 +173,9 @@ def _price(question: Question) -> _Prices:
         remote_s += links.latency_s
         remote_s += loads[ENTRY_S, :n_decode, None]
         remote_s += spent_s[n_decode:] + loads[QUEUE_S, n_decode:]
-    return _Prices(columns, cost_s, compute_s, lacked_bytes, taken)
+    if taken is not None and question.yields:
+        taken = taken._replace(seconds=taken.seconds / prices.transfer)
+    return _Prices(told, cost_s, compute_s, lacked_bytes, taken)
 
 
 def _taken(

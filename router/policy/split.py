@@ -97,7 +97,9 @@ def better(
     """The cheapest split, if it costs enough less than the best other plan, which costs `cost_s`;
     of one `decode` replica only, if it is named."""
     snapshot, tiers = question.snapshot, columns.tiers
-    if question.local_only or snapshot.blind or not snapshot.peers or not snapshot.block_tokens:
+    if question.local_only or not question.may_split or snapshot.blind:
+        return None
+    if not snapshot.peers or not snapshot.block_tokens:
         return None
     if tiers is None or cost_s <= LEAST_COST_S:
         return None

@@ -178,6 +178,27 @@ def test_service_tier_and_request_id_reach_the_pipeline(cluster: Cluster, client
     assert raw.headers["x-request-id"] == "my-own-id"
     samples = cluster.metrics()
     assert any('class="batch"' in name and value for name, value in samples.items())
+    assert samples['breakeven_batch_wait_seconds_count{reason="room"}'] >= 1
+    assert samples["breakeven_batch_waiting"] == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"), [("flex", "flex"), ("auto", "default"), ("priority", "default")]
+)
+def test_answers_say_which_tier_was_used(client: OpenAI, asked: Any, used: str) -> None:
+    """In each API whose answers have the field; a batch answer is the same as any."""
+    chat = client.chat.completions.create(
+        model="smollm2", messages=ASK, max_tokens=12, temperature=0, service_tier=asked
+    )
+    assert chat.choices[0].message.content == "The capital of France is Paris."
+    text = client.completions.create(
+        model="smollm2", prompt="a", max_tokens=1, extra_body={"service_tier": asked}
+    )
+    answer = client.responses.create(
+        model="smollm2", input="Say hi.", max_output_tokens=4, service_tier=asked
+    )
+    tiers = (chat.service_tier, text.model_dump()["service_tier"], answer.service_tier)
+    assert tiers == (used, used, used)
 
 
 BAD: list[tuple[str, str, Any, int, str]] = [
@@ -197,6 +218,15 @@ BAD: list[tuple[str, str, Any, int, str]] = [
     ("an endless number", "/v1/completions", {"prompt": "a", "top_k": 10**30}, 400, "64 bits"),
     ("a grammar in a list", "/v1/completions", {"prompt": "a", "structured_outputs": []}, 400, ""),
     ("a huge n", "/v1/completions", {"prompt": "a", "n": 10**9}, 400, ""),
+    ("a tier that is none", "/v1/completions", {"prompt": "a", "service_tier": "x"}, 400, "flex"),
+    ("tiers", "/v1/responses", {"input": "a", "service_tier": ["flex"]}, 400, "a JSON list"),
+    (
+        "a huge batch n",
+        "/v1/completions",
+        {"prompt": "a", "n": 999, "service_tier": "flex"},
+        400,
+        "",
+    ),
     (
         "a broken schema",
         "/v1/completions",

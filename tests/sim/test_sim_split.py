@@ -12,7 +12,7 @@ from router.audit import Record
 from router.run import Attempt, run
 from tests.sim.world import World, answer, request, world
 from workers.errors import ReplicaLostError
-from workers.messages import Delta, Role, Submit
+from workers.messages import Delta, Keep, Role, Submit
 from workers.sim import SimEngine
 
 pytestmark = pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
@@ -49,8 +49,8 @@ class Sent:
 class Tried:
     """One attempt at a split of `PROMPT`."""
 
-    def __init__(self, here: World, tokens: int = 4) -> None:
-        self.asked = request("asked", PROMPT, tokens)
+    def __init__(self, here: World, tokens: int = 4, **fields: object) -> None:
+        self.asked = request("asked", PROMPT, tokens, **fields)
         keys = here.pipeline._planner.keys(self.asked)
         self.attempt = Attempt(self.asked, SPLIT, "asked.0", keys)
         self.record = Record("asked", "interactive", len(PROMPT), here.now())
@@ -107,6 +107,24 @@ async def test_both_count_as_busy_with_their_own_parts() -> None:
             assert here.fleet.expected == 2
             await first
             assert here.fleet.expected == 0
+        await here.quiet()
+        here.check()
+
+
+async def test_a_head_gives_way_as_its_request_does() -> None:
+    """For as long, with blocks that are the first to go; and nobody plans around it."""
+    async with world(prefill=1, decode=1) as here:
+        p, d = Sent(here, P), Sent(here, D)
+        keep = Keep(yields=True)
+        tried = Tried(here, keep=keep, patient_until_s=here.now() + 60.0)
+        answered = asyncio.ensure_future(tried.answered())
+        await asyncio.sleep(0.01)
+        assert here.fleet.expected == 0
+        await answered
+        for sent in (*p.submits, *d.submits):
+            assert sent.patience_s == pytest.approx(60.0, abs=0.1)
+            assert sent.keep == keep
+        assert p.submits[0].lends
         await here.quiet()
         here.check()
 

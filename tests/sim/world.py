@@ -21,12 +21,15 @@ from router.policy import Policy
 from router.policy.registry import CHOOSE, Choose
 from router.pools import view_of
 from router.request import Request
+from router.settings import BatchBounds
 from router.shadow import Shadow
+from router.waiting import Room
 from workers.messages import Inbox, Link, Replica, Role
 from workers.sim import SimCluster, SimCosts, SimEngine, sim_answer, sim_body, sim_replica
 
 COSTS = SimCosts()
 BY_DEFAULT = Order()
+BOUNDS = BatchBounds()
 # Virtual seconds that a world may take: replicas beat for ever, so a deadlock shows as this
 # timeout, within seconds of real time.
 LIMIT_S = 3600.0
@@ -103,6 +106,7 @@ class World:
     admission: Admission
     audit: Audit
     shadow: Shadow
+    room: Room
     # What is in force; tests change it.
     order: Order
     costs: SimCosts = COSTS
@@ -121,7 +125,7 @@ class World:
         announced = self.directory.announced.values()
         prefill = any(replica.role is Role.PREFILL for replica in announced)
         over = (self.cluster, self.directory, self.node)
-        return _world(*over, name, prefill, 10_000, self.costs, self.order, CHOOSE)
+        return _world(*over, name, prefill, 10_000, self.costs, self.order, CHOOSE, BOUNDS)
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator["World"]:
@@ -175,6 +179,10 @@ class World:
     def check(self) -> None:
         """Nothing is held anywhere, and the catalogue is what the engines hold."""
         assert self.admission.held == 0
+        assert all(
+            admission.held == 0 for admission in self.room.admissions(self.admission).values()
+        )
+        assert self.room.waiting == self.room.running == 0
         assert self.fleet.expected == 0
         self.check_rows()
         for member in self.fleet.members():
@@ -211,6 +219,7 @@ async def world(
     order: Order = BY_DEFAULT,
     shadows: Mapping[Policy, Choose] = CHOOSE,
     log: Log | None = None,
+    bounds: BatchBounds = BOUNDS,
 ) -> AsyncIterator[World]:
     """A warmed world; when the block ends, no task that it started is left."""
     before = asyncio.all_tasks()
@@ -223,7 +232,7 @@ async def world(
 
         node = CatalogueNode(directory, follow, now)
         over = (cluster, directory, node)
-        made = _world(*over, "ingress", prefill > 0, limit, costs, order, shadows, log)
+        made = _world(*over, "ingress", prefill > 0, limit, costs, order, shadows, bounds, log)
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
             for index in range(count):
                 made.start(f"{role}-{index}", role, kv_blocks=kv_blocks)
@@ -247,6 +256,7 @@ def _world(
     costs: SimCosts,
     order: Order,
     shadows: Mapping[Policy, Choose],
+    bounds: BatchBounds,
     log: Log | None = None,
 ) -> World:
     now = asyncio.get_running_loop().time
@@ -261,8 +271,9 @@ def _world(
     admission = Admission(limit)
     shadow = Shadow(shadows)
     planner = Planner(fleet, Prices(), lambda: made.order)
-    pipeline = Pipeline(fleet, planner, shadow, admission, audit, now)
-    parts = (cluster, directory, node, line, fleet, pipeline, admission, audit, shadow)
+    room = Room(fleet, bounds, now)
+    pipeline = Pipeline(fleet, planner, shadow, admission, audit, now, room)
+    parts = (cluster, directory, node, line, fleet, pipeline, admission, audit, shadow, room)
     made = World(*parts, order, costs)
     return made
 

@@ -78,6 +78,10 @@ def test_options_of_the_command_line_come_last(tmp_path: Path) -> None:
         ("router: {policy: fastest}", "router.policy"),
         ("router: {policy: null}", "router.policy"),
         ("router: {shadow: fastest}", "router.shadow"),
+        ("router: {batch: {max_age_s: 0}}", "router.batch.max_age_s"),
+        ("router: {batch: {max_requests: 0}}", "router.batch.max_requests"),
+        ("router: {batch: {seats: 1.5}}", "router.batch.seats"),
+        ("router: {batch: {max_age: 3}}", "max_age"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_key(tmp_path: Path, text: str, says: str) -> None:

@@ -1,5 +1,6 @@
 """API keys: who is let in, as whom, and what a change of the file does."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from starlette.responses import JSONResponse
 
 from router.access import KeyRing, digest, read
-from router.context import bound
+from router.context import ServiceClass, bound
 from router.errors import AccessError, KeyFileError
 from router.guard import Guard
 from router.limits import Limits
@@ -85,13 +86,15 @@ def test_a_changed_file_is_in_force_within_a_second(path: Path) -> None:
         ("kees: []", "kees"),
         ("[", "flow"),
         ("admin: [plain-text-key]", "SHA-256"),
-        ("tenants: {acme: {max_requests: 1}}", "tenants.acme has limits, and no key"),
+        ("tenants: {acme: {max_requests: 1}}", "tenants.acme is set, and no key"),
         (f"{FILE}tenants: {{acne: {{max_requests: 1}}}}", "tenants.acne"),
         (f"{FILE}tenants: {{acme: {{max_request: 1}}}}", "max_request"),
         (f"{FILE}tenants: {{acme: {{max_requests: 0}}}}", ">= 1"),
         (f"{FILE}tenants: {{acme: {{tokens_per_minute: -5}}}}", ">= 1"),
         (f"{FILE}tenants: {{acme: {{tokens_per_minute: 1.5}}}}", "int"),
         (f"{FILE}tenants: {{acme: 8}}", "object"),
+        (f"{FILE}tenants: {{acme: {{service_tier: priority}}}}", "service_tier"),
+        (f"{FILE}tenants: {{acme: {{service_tier: 1}}}}", "service_tier"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, says: str) -> None:
@@ -125,18 +128,53 @@ def test_limits_change_with_the_file(path: Path, caplog: pytest.LogCaptureFixtur
     assert "max_requests" in caplog.text
 
 
-async def _ask(path: Path, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+@pytest.fixture
+def flexible(path: Path) -> Path:
+    """Keys of two tenants; the requests of one are of the batch class."""
+    path.write_text(f"{FILE}tenants: {{acme: {{service_tier: flex}}}}\n")
+    return path
+
+
+def test_a_tenant_s_requests_are_of_its_class(flexible: Path) -> None:
+    """Unless they say otherwise; a tenant with a class and no limits is not limited."""
+    ring = KeyRing(flexible, Clock())
+    assert ring.service_class("acme") is ServiceClass.BATCH
+    assert ring.limits("acme") is None
+    assert ring.service_class("umbrella") is ServiceClass.INTERACTIVE
+
+
+@pytest.mark.parametrize(
+    ("sent", "used"),
+    [
+        ({}, "batch"),
+        ({"service_tier": "auto"}, "batch"),
+        ({"service_tier": "default"}, "interactive"),
+    ],
+)
+async def test_a_class_is_bound_by_key_and_body(
+    flexible: Path, sent: dict[str, str], used: str
+) -> None:
+    """The key says what is usual, the body what is wanted."""
+    status, seen = await _ask(flexible, {"x-api-key": KEY}, sent)
+    assert (status, seen["class"]) == (200, used)
+
+
+async def _ask(
+    path: Path, headers: dict[str, str], body: dict[str, str] | None = None
+) -> tuple[int, dict[str, Any]]:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         asked = bound.get()
         assert asked is not None
         names = [name.decode() for name, _ in scope["headers"]]
-        seen = {"tenant": asked.context.tenant, "headers": names}
+        context = asked.context
+        seen = {"tenant": context.tenant, "headers": names, "class": context.service_class}
         await JSONResponse(seen)(scope, receive, send)
 
     guard = Guard(app, 1000, keys=KeyRing(path, Clock()))
     transport = httpx.ASGITransport(guard)
     async with httpx.AsyncClient(transport=transport, base_url="http://guard") as http:
-        reply = await http.post("/v1/completions", content=b"{}", headers=headers)
+        content = json.dumps(body or {})
+        reply = await http.post("/v1/completions", content=content, headers=headers)
     return reply.status_code, reply.json()
 
 

@@ -123,12 +123,16 @@ def test_only_the_last_records_are_kept() -> None:
 
 
 def finished(
-    registry: CollectorRegistry, metrics: RequestMetrics, name: str, plans: int = 1
+    registry: CollectorRegistry,
+    metrics: RequestMetrics,
+    name: str,
+    plans: int = 1,
+    service_class: ServiceClass = ServiceClass.INTERACTIVE,
 ) -> None:
     """One request with a TTFT of 3 s where 2 s were predicted."""
     clock = Clock()
     audit = Audit(clock, metrics)
-    record = audit.open(request(name), PLAN, 100.0)
+    record = audit.open(request(name, service_class), PLAN, 100.0)
     for _ in range(plans - 1):
         audit.plan(record, PLAN.because(Reason.PREFILL_LOST), 0.001)
     for now_s in (103.0, 103.1):
@@ -146,13 +150,22 @@ def test_requests_are_counted_under_the_names_of_the_design() -> None:
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"breakeven_{name}", labels)
 
-    of_class = {"class": "batch"}
+    of_class = {"class": "interactive"}
     assert value("request_ttft_seconds_sum", plan="local", **of_class) == pytest.approx(3.0)
     assert value("request_itl_seconds_sum", **of_class) == pytest.approx(0.1)
     assert value("plan_total", plan="local", reason="only_replica") == 1
     assert value("requests_total", outcome="length", **of_class) == 1
     assert value("plan_error_ratio_sum", plan="local") == pytest.approx(1.5)
     assert value("router_decision_seconds_count") == 1
+
+
+def test_a_batch_request_says_nothing_of_the_prediction() -> None:
+    """It waits for others, which no curve predicts; it is counted under its class."""
+    registry = CollectorRegistry()
+    finished(registry, RequestMetrics(registry), "r1", service_class=ServiceClass.BATCH)
+    assert registry.get_sample_value("breakeven_plan_error_ratio_count") == 0
+    labels = {"class": "batch", "plan": "local"}
+    assert registry.get_sample_value("breakeven_request_ttft_seconds_count", labels) == 1
 
 
 def test_a_request_that_was_planned_anew_says_nothing_of_the_prediction() -> None:

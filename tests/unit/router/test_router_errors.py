@@ -12,6 +12,7 @@ from router.errors import (
     OverloadedError,
     RateLimitError,
     RequestLostError,
+    RoomFullError,
     RouterError,
     TooManyError,
     UnservableError,
@@ -21,6 +22,7 @@ from router.limits import Account, Limits, judge
 EACH = [
     NoReplicaError(1, 0),
     OverloadedError(256, 256),
+    RoomFullError(256, 256),
     RateLimitError("acme", judge(Account(8), Limits(max_requests=8), 0.0)),
     TooManyError(300, 256),
     UnservableError("r1", "a number in it has more than 64 bits"),

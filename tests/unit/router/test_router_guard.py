@@ -13,9 +13,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from kv.codecs.codec import CodecName
-from router.context import ServiceClass, bound
+from router.context import CLASS_OF_TIER, ServiceClass, bound
 from router.guard import Guard
-from router.intake import ROUTES
+from router.intake import ROUTES, entered
 
 SECRET = b"secret"
 LIMIT_BYTES = 1000
@@ -309,10 +309,58 @@ async def test_a_day_s_retention_is_bound_to_the_request(
     assert seen["retention_s"] == kept_s
 
 
-@pytest.mark.parametrize("tier", ["auto", "default", "scale", "priority", "unheard-of", None, [1]])
+@pytest.mark.parametrize("tier", ["auto", "default", "scale", "priority", "standard_only", None])
 async def test_every_other_tier_is_interactive(tier: object) -> None:
-    """Only flex waits; a tier that is unknown or malformed fails nothing here."""
+    """Only flex waits."""
     assert (await post({"service_tier": tier}))["class"] == ServiceClass.INTERACTIVE
+
+
+@pytest.mark.parametrize(
+    ("tier", "told"),
+    [
+        ("unheard-of", "'unheard-of'"),
+        ("", "''"),
+        ("FLEX", "'FLEX'"),
+        ("flex\n", r"'flex\n'"),
+        ("x" * 500, "'xxxx"),
+        ([1], "a JSON list"),
+        (["flex"], "a JSON list"),
+        ({"flex": 1}, "a JSON dict"),
+        (1, "a JSON int"),
+        (True, "a JSON bool"),
+        (0.5, "a JSON float"),
+    ],
+)
+async def test_a_tier_that_makes_no_sense_is_refused(tier: object, told: str) -> None:
+    """With what was sent, cut short, and what may be; it reaches nobody."""
+    async with client() as http:
+        reply = await http.post(CHAT, content=json.dumps({"service_tier": tier}).encode())
+    assert reply.status_code == 400
+    message = error_of(reply)["message"]
+    assert told in message
+    assert "give one of auto, default, scale, priority, flex" in message
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize(
+    ("tier", "usual", "used"),
+    [
+        ("auto", ServiceClass.BATCH, "flex"),
+        (None, ServiceClass.BATCH, "flex"),
+        ("default", ServiceClass.BATCH, "default"),
+        ("auto", ServiceClass.INTERACTIVE, "default"),
+        ("flex", ServiceClass.INTERACTIVE, "flex"),
+    ],
+)
+def test_the_responses_api_repeats_the_tier_that_is_used(
+    tier: str | None, usual: ServiceClass, used: str
+) -> None:
+    """vLLM gives back what was asked there; elsewhere the body stays as it was sent."""
+    body = json.dumps({"input": "x"} | ({} if tier is None else {"service_tier": tier})).encode()
+    context, sent = entered("r", body, "/v1/responses", usual)
+    assert json.loads(sent) == {"input": "x", "service_tier": used}
+    assert context.service_class == CLASS_OF_TIER[used]
+    assert entered("r", body, CHAT, usual) == (context, body)
 
 
 async def test_headers_that_steer_are_removed() -> None:

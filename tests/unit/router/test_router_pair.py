@@ -6,12 +6,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from kv.catalogue import Tier
 from kv.curve import LinkCurve, PrefillCurve
 from kv.plan import Plan, Reason, Shape, Source, Span
 from router.errors import NoReplicaError
 from router.policy.pair import MAX_RIVALS, Question, choose
 from router.policy.session import affinity
-from router.snapshot import Pool, ReplicaView, Snapshot
+from router.snapshot import Pool, ReplicaView, Snapshot, TierView
 
 # 1,000 tokens take about 0.5 s to compute and 0.15 s to move.
 CURVE = PrefillCurve(0.02, 0.0005, 1e-8)
@@ -390,3 +391,82 @@ def test_a_pool_is_its_rows_with_their_hits(rows: tuple[ReplicaView, ...]) -> No
     assert tuple(pool) == rows
     assert tuple(pool[at] for at in range(-len(rows), 0)) == rows
     assert tuple(pool[1:]) == rows[1:]
+
+
+def batch_plan(
+    prompt_tokens: int, prefill: list[dict[str, object]], decode: list[dict[str, object]]
+) -> Plan:
+    ps, ds = views("prefill", prefill), views("decode", decode)
+    pairs = {(p.name, d.name): LINK for p in ps for d in ds}
+    snapshot = Snapshot(ps, ds, pairs, TOKEN_BYTES)
+    return choose(Question(prompt_tokens, snapshot, 0.5, yields=True))
+
+
+HELD_SLOWLY = TierView(Tier.HOST, LinkCurve(0.9, 0.0), 960)
+
+
+@pytest.mark.parametrize(
+    ("case", "prompt_tokens", "prefill", "decode", "chosen"),
+    [
+        ("a queue costs nobody", 1000, [{"queued_tokens": 4000}], [{}], ("prefill-0", "decode-0")),
+        ("the idler of two", 1000, [{"queued_tokens": 50}, {}], [{}], ("prefill-1", "decode-0")),
+        (
+            "a hit behind a long queue saves computing",
+            1000,
+            [{"hit_tokens": 800, "queued_tokens": 4000}, {}],
+            [{"running": 2}],
+            ("prefill-0", "decode-0"),
+        ),
+        (
+            "the one with less batch work",
+            1000,
+            [{"yielding": 1}, {}],
+            [{}],
+            ("prefill-1", "decode-0"),
+        ),
+        (
+            "streams of people are stalled at their price",
+            1000,
+            [],
+            [{"running": 3}, {"queued_tokens": 3000}],
+            (None, "decode-1"),
+        ),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_a_batch_request_is_planned_by_what_it_costs(
+    case: str,
+    prompt_tokens: int,
+    prefill: list[dict[str, object]],
+    decode: list[dict[str, object]],
+    chosen: tuple[str | None, str],
+) -> None:
+    """The table says who serves one that nobody waits for."""
+    plan = batch_plan(prompt_tokens, prefill, decode)
+    assert (plan.prefill, plan.decode) == chosen, case
+
+
+def test_a_batch_request_waits_for_a_fetch_rather_than_computes() -> None:
+    """A tier that takes 0.9 s for what is computed in 0.5 s: a person's prompt is computed, a batch
+    prompt is fetched; what is predicted is in real seconds either way."""
+    decode: list[dict[str, object]] = [{"tiers": (HELD_SLOWLY,)}]
+    person, batch = plan_of(1000, [], decode), batch_plan(1000, [], decode)
+    assert person.shape is Shape.LOCAL
+    assert batch.shape is Shape.FETCH
+    assert batch.predicted_ttft_s == pytest.approx(0.9 + CURVE.seconds(40, 960))
+    assert batch.cost_s < person.cost_s
+
+
+def test_a_batch_prediction_is_in_seconds() -> None:
+    """Prices rank plans; they do not change what is predicted of the one that is chosen."""
+    prefill: list[dict[str, object]] = [{"hit_tokens": 320, "queued_tokens": 100, "waiting": 1}]
+    decode: list[dict[str, object]] = [{"hit_tokens": 160}]
+    person, batch = plan_of(2000, prefill, decode), batch_plan(2000, prefill, decode)
+    assert batch.predicted_ttft_s == person.predicted_ttft_s
+    assert (batch.shape, batch.spans) == (person.shape, person.spans)
+
+
+def test_what_gives_way_is_no_queue_to_people() -> None:
+    """A replica full of batch requests is as good to them as an idle one."""
+    busy = plan_of(1000, [{"yielding": 30}], [{}])
+    assert busy == plan_of(1000, [{}], [{}])

@@ -213,6 +213,14 @@ def test_what_must_be_computed_is_not_split(why: str) -> None:
     assert choose(asked(2049, [{}], [vault(2048)], **{why: True})).shape is not Shape.SPLIT
 
 
+def test_what_may_take_nobody_s_place_is_not_split() -> None:
+    """The host tier that would lend its head might not take it in."""
+    made = asked(2049, [{}], [vault(2048)])
+    assert choose(made).shape is Shape.SPLIT
+    whole = choose(replace(made, may_split=False))
+    assert (whole.shape, whole.cost_s) == (unsplit(made).shape, unsplit(made).cost_s)
+
+
 def test_a_session_is_split_on_its_own_replica() -> None:
     """Or not at all."""
     made = asked(2049, [{}], [vault(2048), vault(2048)])
