@@ -32,6 +32,11 @@ class YieldingFirst(CachePolicy):
         # Blocks of yielding requests that are about to be inserted.
         self._coming: set[OffloadKey] = set()
 
+    @property
+    def chunks(self) -> dict[OffloadKey, ChunkStatus]:
+        """Every block that is held, by its key."""
+        return {**self._staying.chunks, **self._yielding.chunks}
+
     def idle_yielding(self, spared: Collection[OffloadKey] = ()) -> int:
         """How many blocks would go before any that stays; without the `spared` ones."""
         return len(self._idle) - len(self._idle.intersection(spared))

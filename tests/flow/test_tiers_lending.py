@@ -30,7 +30,7 @@ def store(tier: HostTier, key: Any, name: str = "r") -> bool:
 
 
 def evictable(tier: HostTier) -> int:
-    return sum(chunk.ref_cnt == 0 for chunk in tier._policy._staying.chunks.values())
+    return sum(chunk.ref_cnt == 0 for chunk in tier._policy.chunks.values())
 
 
 def test_what_is_lent_stays_where_it_is() -> None:
@@ -103,7 +103,7 @@ def test_the_books_balance_whatever_happens(events: list[tuple[str, int]]) -> No
         elif event == "r" and not loans:
             tier.reset_cache()
         rows = {row for loan in loans for row in loan.rows if row is not None}
-        pinned = {c.chunk_id for c in tier._policy._staying.chunks.values() if c.ref_cnt > 0}
+        pinned = {c.chunk_id for c in tier._policy.chunks.values() if c.ref_cnt > 0}
         assert rows == pinned
         assert evictable(tier) == tier._num_evictable_cache_chunks
     for loan in loans:
