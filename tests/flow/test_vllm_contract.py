@@ -9,6 +9,8 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from router.client import ClusterClient, ClusterCore
+from router.context import TIER_OF_CLASS, Bound, Notes, RequestContext, bound
+from router.tiers_told import tell_tiers
 
 
 def test_cluster_client_sets_every_attribute_that_asyncllm_uses() -> None:
@@ -91,6 +93,27 @@ def test_the_output_processor_keeps_requests_where_failures_are_put() -> None:
     """`ClusterClient._fail` finds a request's queue and parent here."""
     assert "self.request_states" in inspect.getsource(OutputProcessor.__init__)
     assert {"queue", "parent_req"} <= set(inspect.signature(RequestState.__init__).parameters)
+
+
+def test_responses_are_made_with_the_tier_that_was_used() -> None:
+    """vLLM fills the field in neither model; ours is there wherever a response is made, and none
+    outside of a request."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+    from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+
+    tell_tiers()
+
+    def told(model: type[ChatCompletionResponse | CompletionResponse]) -> str | None:
+        usage = model.model_fields["usage"].annotation
+        assert usage is not None
+        return model(model="m", choices=[], usage=usage()).model_dump()["service_tier"]
+
+    assert told(ChatCompletionResponse) is None
+    for service_class, tier in TIER_OF_CLASS.items():
+        context = RequestContext("r", service_class=service_class)
+        token = bound.set(Bound(context, Notes()))
+        assert told(ChatCompletionResponse) == told(CompletionResponse) == tier
+        bound.reset(token)
 
 
 def test_nixl_takes_the_progress_delay_from_where_we_set_it() -> None:
