@@ -80,6 +80,8 @@ def _head(entry: Entry) -> Iterator[str]:
     yield f"{entry.request_id}: {entry.service_class} request of tenant {entry.tenant}{session}"
     yield f"  {when}, model {entry.model}"
     yield f"  prompt of {_many(entry.asked.prompt_tokens)}, answer of {_answer(entry)}"
+    if entry.waited_s >= 0.001:
+        yield f"  waited {_s(entry.waited_s)} at the ingress for its turn, before all that follows"
     yield f"  {_first_token(entry)}{_gaps(entry)}"
 
 

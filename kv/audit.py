@@ -67,9 +67,10 @@ class Planned(msgspec.Struct, frozen=True):
 class Entry(msgspec.Struct, frozen=True, kw_only=True, rename={"service_class": "class"}):
     """One request that was planned.
 
-    `at_s` is its arrival in seconds since 1970. The last of `plans` was carried out, those before
-    it failed. `parts` are the actual seconds of that one, on its own clock; empty where no token
-    came under it. `moved_bytes` are KV that came to a replica for this prompt, by where from;
+    `at_s` is its arrival in seconds since 1970, or when its turn came, for which a batch request
+    had waited `waited_s` at its ingress. The last of `plans` was carried out, those before it
+    failed. `parts` are the actual seconds of that one, on its own clock; empty where no token came
+    under it. `moved_bytes` are KV that came to a replica for this prompt, by where from;
     `engine_s` are seconds that engines were computing the prompt, None where none told.
     """
 
@@ -93,6 +94,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, rename={"service_class": 
     moved_bytes: BySource = {}
     engine_s: Seconds | None = None
     parts: tuple[Part, ...] = ()
+    waited_s: Seconds = 0.0
 
     @property
     def plan(self) -> Plan:

@@ -87,6 +87,8 @@ class Record:
     # Seconds that engines computed for plans that failed, as far as they told.
     lost_engine_s: float = 0.0
     max_gap_s: float | None = None
+    # Of a batch request, before `started_at`: until its turn came (`router.waiting`).
+    waited_s: float = 0.0
     # Its keys are dropped at the end: a thousand long prompts' would take 10 MB.
     footprint: Footprint = NO_FOOTPRINT
     now: Callable[[], float] = field(default=time.monotonic, repr=False)
@@ -149,6 +151,7 @@ class Audit:
         plan: Plan,
         started_at: float,
         footprint: Footprint = NO_FOOTPRINT,
+        waited_s: float = 0.0,
     ) -> Record:
         """A record of a request that was just planned."""
         record = Record(
@@ -159,6 +162,7 @@ class Audit:
             context=request.context,
             max_tokens=request.max_tokens,
             local_only=request.local_only,
+            waited_s=waited_s,
             footprint=footprint,
             now=self._now,
         )

@@ -50,6 +50,7 @@ class Scribe:
             moved_bytes=actual.moved_bytes(record),
             engine_s=actual.engine_s(record),
             parts=actual.parts(record),
+            waited_s=record.waited_s,
         )
 
     def _asked(self, record: Record, footprint: Footprint) -> Asked:

@@ -52,7 +52,7 @@ class Pipeline:
         on every engine.
         """
         async with self._admit(request) as (request, place):  # 1 admit
-            record = await self._planned(request)  # 2 to 4
+            record = await self._planned(request, place.waited_s)  # 2 to 4
             request.notes.used_tokens += request.prompt_tokens
             deadline = Deadline(request.context, place.waited_s)
             try:
@@ -97,7 +97,7 @@ class Pipeline:
                 raise
             yield turn
 
-    async def _planned(self, request: Request) -> Record:
+    async def _planned(self, request: Request, waited_s: float) -> Record:
         """2 name its blocks, 3 look and take a snapshot, 4 plan."""
         began = self._now()
         try:
@@ -106,7 +106,7 @@ class Pipeline:
             self._audit.refuse(request, error)
             raise
         request.notes.plan = choice.plan.header()
-        record = self._audit.open(request, choice.plan, began, choice.footprint)
+        record = self._audit.open(request, choice.plan, began, choice.footprint, waited_s)
         self._shadow.follow(choice, record)
         return record
 

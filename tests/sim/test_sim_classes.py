@@ -112,6 +112,23 @@ async def test_a_batch_prompt_waits_for_the_host_tier_once() -> None:
         here.check()
 
 
+async def test_the_audit_tells_how_long_a_batch_request_waited_for_its_turn() -> None:
+    """Apart from its seconds on engines, which begin with its plan; a person waits for no turn."""
+    async with world(prefill=0, decode=1, costs=CHUNKED) as here:
+        person = asyncio.create_task(took(here, request("person", range(1000), 2)))
+        await asyncio.sleep(0.1)
+        took_s = await took(here, batch("b", range(2000, 2600), 2))
+        await person
+        of_person, of_batch = here.audit.records
+        assert of_person.waited_s == 0.0
+        assert of_batch.waited_s > 0.3
+        assert of_batch.ended_at is not None
+        ran_s = of_batch.ended_at - of_batch.started_at
+        assert of_batch.waited_s + ran_s == pytest.approx(took_s, abs=0.01)
+        await here.quiet()
+        here.check()
+
+
 async def test_batch_requests_move_no_curve() -> None:
     """They take as long as others let them; interactive ones tell how fast a replica is."""
     async with world(prefill=0, decode=1) as here:

@@ -78,6 +78,13 @@ def test_a_recorded_request_is_a_timeline(
     assert "other" not in shown
 
 
+def test_a_wait_for_a_turn_has_a_line() -> None:
+    """Only where there was one."""
+    waited = "  waited 12.500 s at the ingress for its turn, before all that follows"
+    assert waited in lines(named("r", waited_s=12.5))
+    assert not any("its turn" in line for line in lines(RECORDED))
+
+
 def test_json_gives_the_entries(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of the id, whole, the oldest first."""
     keep(own_cache, "ingress-0.jsonl", named("r", at_s=2.0))

@@ -92,6 +92,7 @@ entries = st.builds(
     moved_bytes=by_source,
     engine_s=st.none() | seconds,
     parts=st.lists(parts, max_size=5).map(tuple),
+    waited_s=seconds,
 )
 
 

@@ -54,6 +54,15 @@ def test_an_entry_has_what_came_of_the_plan() -> None:
     assert list(read([encode(entry)], pytest.fail)) == [entry]
 
 
+def test_a_wait_for_a_turn_is_told_apart() -> None:
+    """It ended before the plan was made, from where all other seconds count."""
+    clock = Clock()
+    plan = remote(clock, audit_of(clock), request()).plan
+    record = audit_of(clock).open(request(), plan, 100.0, waited_s=12.5)
+    assert scribe(clock).entry(record).waited_s == 12.5
+    assert written().waited_s == 0.0
+
+
 def test_an_open_record_is_running() -> None:
     """An operator may ask for one that is under way."""
     clock = Clock()
