@@ -1,7 +1,8 @@
 """How good predictions were: `python -m benchmarks.calibration AUDIT --plot OUT.png`.
 
 AUDIT is a file or a folder of the audit (docs/audit.md). Requests that were planned anew, had no
-first token or no prediction say nothing of a curve and are left out.
+first token or no prediction say nothing of a curve and are left out, and so are batch requests,
+which give way to others for as long as those are there.
 """
 
 import argparse

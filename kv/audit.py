@@ -20,6 +20,8 @@ from kv.parts import Part
 from kv.plan import Plan
 
 VERSION = 1
+# The class whose requests give way to others (`router.context.ServiceClass`).
+BATCH = "batch"
 # Of one block's pseudonym: two of ten million blocks share one with a chance of 3 in a million.
 NAME_BYTES = 8
 # Longer lines are not read: the blocks of a million tokens take a tenth of it.
@@ -103,10 +105,13 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, rename={"service_class": 
 
     @property
     def error_ratio(self) -> float | None:
-        """Actual over predicted TTFT; None without either, and for a request that was planned
-        anew, whose TTFT holds a failure that no curve predicts."""
+        """Actual over predicted TTFT; None without either, for a request that was planned anew,
+        whose TTFT holds a failure that no curve predicts, and for a batch request: how long it
+        gives way to others none predicts either."""
         predicted_s = self.plan.predicted_ttft_s
         if self.ttft_s is None or len(self.plans) > 1 or predicted_s <= 0.0:
+            return None
+        if self.service_class == BATCH:
             return None
         return self.ttft_s / predicted_s
 

@@ -10,6 +10,7 @@ from benchmarks.calibration import ALL, Point, first_tokens, main, parts, quanti
 from kv.audit import Entry, Planned, encode, read
 from kv.parts import Action
 from kv.plan import Shape
+from router.context import ServiceClass
 
 FIRST = Path(__file__).parents[1] / "kv" / "audit-v1.jsonl"
 (RECORDED,) = read([FIRST.read_bytes()], lambda bad: pytest.fail(str(bad)))
@@ -22,10 +23,13 @@ def entry(predicted_s: float, actual_s: float | None, shape: Shape = Shape.LOCAL
 
 
 def test_points_are_grouped_by_shape() -> None:
-    """Those without a first token, without a prediction and with a second plan are left out."""
+    """Those without a first token, without a prediction and with a second plan are left out, and so
+    are batch requests."""
+    gave_way = msgspec.structs.replace(entry(1.0, 5.0), service_class=ServiceClass.BATCH)
     again = msgspec.structs.replace(entry(1.0, 1.0), plans=(*RECORDED.plans, *RECORDED.plans))
     given = [entry(1.0, 2.0), entry(2.0, 1.0, Shape.REMOTE), entry(1.0, None), entry(0.0, 1.0)]
-    assert first_tokens([*given, again]) == {
+    assert parts([gave_way]) == {}
+    assert first_tokens([*given, again, gave_way]) == {
         "local": [Point(1.0, 2.0)],
         "remote": [Point(2.0, 1.0)],
         ALL: [Point(1.0, 2.0), Point(2.0, 1.0)],

@@ -201,11 +201,13 @@ def test_fields_of_later_writers_are_read_past() -> None:
 
 
 def test_an_error_ratio_wants_one_plan_and_a_first_token() -> None:
-    """Actual over predicted; a failure that no curve predicts is no error of a curve."""
+    """Actual over predicted; a failure that no curve predicts is no error of a curve, and neither
+    is how long a batch request gave way to others."""
     entry = first()
     assert entry.error_ratio == pytest.approx(entry.ttft_s / entry.plan.predicted_ttft_s)
     for change in (
         {"ttft_s": None},
+        {"service_class": "batch"},
         {"plans": (*entry.plans, *entry.plans)},
         {"plans": (Planned(0.0, replace(entry.plan, predicted_ttft_s=0.0)),)},
     ):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kv.audit import Entry, encode, read
 from kv.block import chain, pack_tokens, root_key
 from router.audit import Audit
+from router.context import ServiceClass
 from router.entry import Scribe
 from router.pseudonyms import Pseudonyms
 from tests.unit.router.audited import BLOCK_TOKENS, Clock, audit_of, footprint, remote, request
@@ -45,7 +46,9 @@ def test_an_entry_has_what_came_of_the_plan() -> None:
     assert entry.ttft_s == pytest.approx(0.4)
     assert (entry.itl_mean_s, entry.itl_max_s) == (pytest.approx(0.1), pytest.approx(0.15))
     assert entry.total_s == pytest.approx(0.7)
-    assert entry.error_ratio == pytest.approx(0.8)
+    assert entry.error_ratio is None  # of a batch request
+    urgent = msgspec.structs.replace(entry, service_class=ServiceClass.INTERACTIVE)
+    assert urgent.error_ratio == pytest.approx(0.8)
     assert entry.engine_s == pytest.approx(0.23)
     assert entry.sources["decode"] == {"computed": 1, "received": 9}
     assert entry.moved_bytes == {"decode": {"received": 9000}}
