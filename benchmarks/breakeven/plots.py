@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plotting
+from benchmarks.breakeven import batch_plot
 from benchmarks.breakeven.cells import COMPUTE, FETCH, OURS, Cell, crossover_tokens, series
 from benchmarks.breakeven.grid import cell_of
 from benchmarks.plotting import plt, style
@@ -24,6 +26,7 @@ def draw(results: Path, quick: bool) -> None:
         cells = [cell_of(told) for told in kept.values()]
         _heat_map(cells, into / "grid.png")
         _curves(cells, into / "grid-curves.png")
+    plotting.draw({"batch": batch_plot.panel}, results, quick)
 
 
 def _heat_map(cells: Sequence[Cell], path: Path) -> None:

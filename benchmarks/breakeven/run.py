@@ -11,7 +11,7 @@ from benchmarks.breakeven import plots
 
 SUITE = runner.Suite(
     folder=Path(__file__).resolve().parent,
-    parts=("grid", "slowed"),
+    parts=("grid", "slowed", "batch"),
     draw=plots.draw,
     # A tiny model is computed as soon as it is fetched: there is nothing to follow.
     left_out=("slowed",),
