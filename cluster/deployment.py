@@ -24,8 +24,9 @@ from router.vault import VaultView
 from workers import announce, logs, node
 from workers.channel import ChannelLink
 from workers.curve import client_keys, server_keys
+from workers.directory import Shard, ShardRecord, shard_prefix
 from workers.errors import WorkerError
-from workers.messages import Inbox, Link, Replica, Shard, ShardRecord, shard_prefix
+from workers.messages import Inbox, Link, Replica
 from workers.tiers import shard_names
 from workers.vault.process import ShardProcess, ShardSettings
 

@@ -12,15 +12,15 @@ from ray.experimental import internal_kv
 
 from router.catalogue.wire import Seat, SeatRecord, seat_prefix
 from router.orders import Order
-from workers.messages import (
+from workers.directory import (
     DIRECTORY_NAMESPACE,
     RENEW_S,
     Announcement,
-    Replica,
     ShardRecord,
     directory_prefix,
     shard_prefix,
 )
+from workers.messages import Replica
 
 T = TypeVar("T", bound=msgspec.Struct)
 

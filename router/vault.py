@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from workers.messages import RENEW_S, ShardRecord
+from workers.directory import RENEW_S, ShardRecord
 
 logger = logging.getLogger(__name__)
 

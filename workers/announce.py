@@ -14,15 +14,15 @@ import msgspec
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
 
-from workers.messages import (
+from workers.directory import (
     DIRECTORY_NAMESPACE,
     RENEW_S,
     Announcement,
-    Replica,
     ShardRecord,
     directory_prefix,
     shard_prefix,
 )
+from workers.messages import Replica
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
 """What an ingress and a replica say to each other.
 
-This module is all that the router knows of the workers. Tokens, logprobs and block keys travel
-here; prompts as text do not exist on this side of the ingress. vLLM's own structures cross as
-opaque bytes (`body`, `extras`), so that neither the router nor the simulator imports vLLM.
+This module, the records by which it finds them (`workers.directory`) and the errors are all that
+the router knows of the workers. Tokens, logprobs and block keys travel here; prompts as text do not
+exist on this side of the ingress. vLLM's own structures cross as opaque bytes (`body`, `extras`),
+so that neither the router nor the simulator imports vLLM.
 """
 
 from enum import StrEnum
@@ -61,49 +62,6 @@ class Replica(msgspec.Struct, frozen=True):
     # Of one prompt, how much its host tier takes in from what lies behind it.
     room_tokens: int = 0
     wire_version: int = WIRE_VERSION
-
-
-# Where announcements lie in Ray's GCS, and how often each is renewed.
-DIRECTORY_NAMESPACE = b"breakeven"
-RENEW_S = 2.0
-
-
-class Announcement(msgspec.Struct, frozen=True):
-    """A replica's record in the directory; `beat` grows with each renewal."""
-
-    replica: Replica
-    beat: int
-
-
-def directory_prefix(cluster: str) -> str:
-    """The key prefix of all announcements of one cluster."""
-    return f"replicas/{cluster}/"
-
-
-class Shard(msgspec.Struct, frozen=True):
-    """Who a vault's shard is; constant for the life of its process."""
-
-    name: str
-    epoch: str
-    address: str
-    node: str
-    pid: int
-
-
-class ShardRecord(msgspec.Struct, frozen=True):
-    """A shard's record in the directory; `beat` grows with each renewal. `stored_bytes` are of
-    frames, by codec."""
-
-    shard: Shard
-    beat: int
-    blocks: int = 0
-    stored_bytes: dict[str, int] = {}
-
-
-def shard_prefix(cluster: str) -> str:
-    """The key prefix of all vault shards of one cluster; behind it comes a shard's name, so that
-    a restarted one takes its predecessor's place."""
-    return f"vault/{cluster}/"
 
 
 # ------------------------------------------------------------------ ingress to replica

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
 from router.vault import VaultView
-from workers.messages import Shard, ShardRecord
+from workers.directory import Shard, ShardRecord
 
 
 def record(number: int, beat: int = 0, **bytes_by_codec: int) -> ShardRecord:
