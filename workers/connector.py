@@ -5,6 +5,7 @@ imported. Everything here works the same on a GPU; only the buffer device differ
 """
 
 import importlib
+import math
 import os
 import socket
 from pathlib import Path
@@ -90,6 +91,19 @@ def transfer_config(role: Role, device: str, lease_s: int) -> dict[str, Any]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kv_lease_duration": lease_s},
     }
+
+
+def lease_s(transfer: Any) -> float:
+    """How long a finished prefill waits to be read, of a vLLM config's `kv_transfer_config`."""
+    return float(transfer.get_from_extra_config("kv_lease_duration", 0)) if transfer else 0.0
+
+
+def trusted_s(transfer: Any) -> float:
+    """How long an engine may stand still before a lease on the KV that it reads may have ended: a
+    heartbeat goes out each sixth of a lease and prolongs it by two thirds of one (vLLM 0.32)."""
+    if transfer is None:
+        return math.inf
+    return float(transfer.get_from_extra_config("kv_lease_duration", 30)) / 2
 
 
 # What a prefill is asked, so that its blocks stay for a decode replica to read.

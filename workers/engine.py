@@ -6,7 +6,6 @@ loop follows vLLM's `EngineCoreProc.run_busy_loop`; the contract test in tests/f
 attributes used here to the pinned version.
 """
 
-import math
 import queue
 import threading
 import time
@@ -24,7 +23,6 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from kv.catalogue import Tier
 from kv.errors import DiskError
@@ -34,7 +32,9 @@ from kv.plan import Hints
 from kv.salt import tag_of
 from workers import erasure, pages, work
 from workers.backlog import Backlog
+from workers.carry import advance_grammar
 from workers.classes import Classes
+from workers.connector import lease_s, trusted_s
 from workers.counters import Counters, with_tiers
 from workers.erasure import Erased, Erasure
 from workers.events import MirrorEvents
@@ -89,7 +89,7 @@ class Engine:
             self._scheduler,
             self._publish,
             self._wipe,
-            _lease_s(config),
+            lease_s(config.kv_transfer_config),
             time.monotonic,
             self._tiers,
         )
@@ -104,7 +104,7 @@ class Engine:
         self._scheduler.kv_event_publisher = self._events
         self._listener = listener
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._trusted_s = _trusted_s(config)
+        self._trusted_s = trusted_s(config.kv_transfer_config)
         behind = () if self._tiers is None else self._tiers.behind()
         self._behind: tuple[Tier, ...] = behind
         self._totals = Counters(behind, time.monotonic, retry_s)
@@ -277,7 +277,7 @@ class Engine:
         yields: bool,
     ) -> None:
         try:
-            if answered and not _advance_grammar(request, answered):
+            if answered and not advance_grammar(request, answered):
                 time.sleep(_WAITING_PAUSE_S)  # it compiles on a thread of vLLM's
                 told = (request, answered, arrived_s, patience_s, yields)
                 self._orders.put(lambda: self._admit(*told))
@@ -412,33 +412,3 @@ def _tiered(scheduler: Any) -> Any:
 def _has_handoff(request: Request) -> bool:
     """Whether its KV comes from another engine's pages, which may be another prompt's by now."""
     return "remote_engine_id" in (request.kv_transfer_params or {})
-
-
-def _trusted_s(config: VllmConfig) -> float:
-    """How long the loop may stand still before a lease on the KV that it reads may have ended: a
-    heartbeat goes out each sixth of a lease and prolongs it by two thirds of one (vLLM 0.32)."""
-    transfer = config.kv_transfer_config
-    if transfer is None:
-        return math.inf
-    return float(transfer.get_from_extra_config("kv_lease_duration", 30)) / 2
-
-
-def _advance_grammar(request: Request, answered: Sequence[int]) -> bool:
-    """Bring a grammar behind tokens that another engine gave; False while it is compiled."""
-    structured = request.structured_output_request
-    if structured is None:
-        return True
-    if not structured.is_grammar_ready:
-        return False
-    grammar = structured.grammar
-    if not isinstance(grammar, StructuredOutputGrammar):
-        raise ValueError(f"the grammar does not compile: {grammar}")
-    if not grammar.accept_tokens(request.request_id, list(answered)):
-        raise ValueError(f"the grammar refuses {len(answered)} tokens that were given under it")
-    return True
-
-
-def _lease_s(config: VllmConfig) -> float:
-    """How long a finished prefill waits to be read (`workers.connector.transfer_config`)."""
-    transfer = config.kv_transfer_config
-    return float(transfer.get_from_extra_config("kv_lease_duration", 0)) if transfer else 0.0
