@@ -12,7 +12,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,7 +66,7 @@ def measure(quick: bool) -> list[Row]:
             # Each on a cluster of its own: what one has left in the cache is not the other's.
             with _cluster(quick, kv_cache_memory_bytes=_SMALL_KV_BYTES) as server:
                 store.get(f"talk-{name}", partial(talk, server, size, name == "beside"))
-    return _rows(store, size)
+    return rows(store.kept, size)
 
 
 def _cluster(quick: bool, **engine: Any) -> Any:
@@ -212,14 +212,15 @@ async def _talk(server: Server, size: Size, beside: bool) -> dict[str, Any]:
 # ------------------------------------------------------------------ from windows to rows
 
 
-def _rows(store: Store, size: Size) -> list[Row]:
+def rows(kept: Callable[[str], Any], size: Size) -> list[Row]:
+    """A row for each target, and others; `kept` has what was measured under a key."""
     alone, beside = (
-        [store.kept(f"{name}-{n}") for n in range(size.repeats)] for name in ("alone", "beside")
+        [kept(f"{name}-{n}") for n in range(size.repeats)] for name in ("alone", "beside")
     )
     return [
         _ttft(alone, beside),
-        _throughput(store.kept("saturation")["requests_per_s"], beside),
-        _hits(store.kept("talk-alone"), store.kept("talk-beside")),
+        _throughput(kept("saturation")["requests_per_s"], beside),
+        _hits(kept("talk-alone"), kept("talk-beside")),
         *_shown(alone, beside),
     ]
 
@@ -264,16 +265,16 @@ def _hits(alone: dict[str, Any], beside: dict[str, Any]) -> Row:
 
 
 def _shown(alone: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]]) -> list[Row]:
-    rows = []
+    found = []
     for name, runs in (("without", alone), ("with", beside)):
         ttft_s, gaps_s = _pooled(runs, "ttft_s"), _pooled(runs, "gaps_s")
         client = max(run["client_share"] for run in runs)
         detail = f"p50 {quantile(ttft_s, 0.5):.2f} s; client {client:.2f} of a core"
-        rows.append(shown(f"{name}: p95 TTFT of people", quantile(ttft_s, 0.95), "s", detail))
+        found.append(shown(f"{name}: p95 TTFT of people", quantile(ttft_s, 0.95), "s", detail))
         p99 = f"p99 {1000 * quantile(gaps_s, 0.99):.0f} ms, {len(gaps_s)} gaps"
-        rows.append(shown(f"{name}: p50 ITL of people", 1000 * quantile(gaps_s, 0.5), "ms", p99))
+        found.append(shown(f"{name}: p50 ITL of people", 1000 * quantile(gaps_s, 0.5), "ms", p99))
     waits = _pooled(beside, "batch_ttft_s")
     if waits:
         detail = f"most {max(waits):.1f} s, {len(waits)} requests; their room included"
-        rows.append(shown("p50 TTFT of batch requests", statistics.median(waits), "s", detail))
-    return rows
+        found.append(shown("p50 TTFT of batch requests", statistics.median(waits), "s", detail))
+    return found
