@@ -15,10 +15,9 @@ class Question:
     request belongs to; its turns keep to one decode replica among plans that cost no more than
     the best and a ratio of `session_slack`. `ticket` grows by one from question to question.
     `fetch_tokens` is the constant of the policy `threshold`. A fetch that takes `overrun` times as
-    long as predicted is given up. A request that `yields` is planned by
-    what it costs others rather than by when it is answered. Unless it `may_split` no head of it is
-    computed elsewhere: its blocks may take nobody's place in the host tier that would lend the
-    head.
+    long as predicted is given up. A request that `yields` is planned by what it costs others
+    rather than by when it is answered. Unless it `may_split` no head of it is computed elsewhere:
+    its blocks may take nobody's place in the host tier that would lend the head.
     """
 
     prompt_tokens: int
