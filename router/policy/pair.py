@@ -313,5 +313,6 @@ def _own_hints(question: Question, prices: _Prices, best: int, spans: tuple[Span
         return replace(UNHINTED, deadline_s=saved_s)
     assert prices.taken is not None
     late_s = max(LEAST_PATIENCE_S, question.overrun * float(prices.taken.seconds[at]))
-    deadline_s = min(late_s, max(LEAST_PATIENCE_S, saved_s))
-    return Hints(end, tuple(span.tier for span in fetches if span.tier), deadline_s)
+    if not question.yields:  # else it is fetched for what computing costs, however long it takes
+        late_s = min(late_s, max(LEAST_PATIENCE_S, saved_s))
+    return Hints(end, tuple(span.tier for span in fetches if span.tier), late_s)

@@ -448,12 +448,14 @@ def test_a_batch_request_is_planned_by_what_it_costs(
 
 def test_a_batch_request_waits_for_a_fetch_rather_than_computes() -> None:
     """A tier that takes 0.9 s for what is computed in 0.5 s: a person's prompt is computed, a batch
-    prompt is fetched; what is predicted is in real seconds either way."""
+    prompt is fetched, and not given up once computing would have been done; what is predicted is in
+    real seconds either way."""
     decode: list[dict[str, object]] = [{"tiers": (HELD_SLOWLY,)}]
     person, batch = plan_of(1000, [], decode), batch_plan(1000, [], decode)
     assert person.shape is Shape.LOCAL
     assert batch.shape is Shape.FETCH
     assert batch.predicted_ttft_s == pytest.approx(0.9 + CURVE.seconds(40, 960))
+    assert batch.hints.deadline_s == pytest.approx(2 * 0.9)
     assert batch.cost_s < person.cost_s
 
 
