@@ -11,7 +11,7 @@ from kv.catalogue import Tier
 from kv.curve import LinkCurve
 from kv.fetch import GUESSES, FetchCost
 from kv.live import RETRY_S
-from workers.messages import Delta, Sources, Spent, Totals
+from workers.messages import Delta, LossyLoad, Sources, Spent, TierLoad, Totals
 from workers.tiers import TIERED_CONNECTOR, VAULT_STORED_BYTES
 
 # vLLM's words for where KV came from and what was moved, and ours.
@@ -143,6 +143,18 @@ class Counters:
         """How many fetches from a tier its curve is made from."""
         costs = self._lossy if lossy else self._costs
         return costs[tier].samples if tier in costs else 0
+
+    def load(
+        self, tier: Tier, blocks: int, unnamed: int, lossy_share: float | None = None
+    ) -> TierLoad:
+        """What is told of a tier that holds so many; `lossy_share` as in `lossy_curve`, None where
+        no codec is."""
+        curve, lossy = self.curve(tier), None
+        if lossy_share is not None:
+            own = self.lossy_curve(tier, lossy_share)
+            lossy = LossyLoad(own.latency_s, own.per_byte_s, self.fetches(tier, True))
+        fetches = self.fetches(tier)
+        return TierLoad(blocks, unnamed, curve.latency_s, curve.per_byte_s, fetches, lossy)
 
     def _cost(self, tier: Tier, lossy: bool) -> FetchCost:
         if not lossy or tier is not Tier.VAULT:

@@ -39,7 +39,7 @@ from workers.counters import Counters, with_tiers
 from workers.erasure import Erased, Erasure
 from workers.events import MirrorEvents
 from workers.first_to_go import FirstToGo, step_pages
-from workers.messages import Delta, Keep, Load, LossyLoad, TierLoad
+from workers.messages import Delta, Keep, Load, TierLoad
 from workers.mirror import Change
 from workers.peer.keys import PeerKeys
 from workers.peer.tier import PeerTier
@@ -81,7 +81,10 @@ class Engine:
         self._scheduler: Any = self._core.scheduler
         self._world_size: int = config.parallel_config.world_size
         self._block_tokens: int = config.cache_config.block_size
-        self._tiered = _tiered(self._scheduler)
+        connectors = getattr(self._scheduler.connector, "sub_connectors", ())
+        # `kv.offload.TieredConnector`, in an engine that has tiers.
+        tiered = (each for each in connectors if isinstance(each, OffloadingConnector))
+        self._tiered: Any = next(tiered, None)
         self._tiers: Any = None if self._tiered is None else self._tiered.scheduler.manager
         secondary = () if self._tiers is None else self._tiers.secondary_tiers
         self.vault = next((tier for tier in secondary if isinstance(tier, VaultTier)), None)
@@ -259,7 +262,7 @@ class Engine:
         theirs went out, so the pages that were read may have been another prompt's by then."""
         requests = self._scheduler.requests.values()
         receiving = (r for r in requests if r.status in _RECEIVING)
-        doubtful = [r.request_id for r in receiving if _has_handoff(r)]
+        doubtful = [r.request_id for r in receiving if work.has_handoff(r)]
         if not doubtful:
             return
         logger.warning("%d requests ended: their KV may be stale", len(doubtful))
@@ -390,25 +393,8 @@ class Engine:
         )
 
     def _tier(self, tier: Tier) -> TierLoad:
-        curve, mirror = self._totals.curve(tier), self._mirror
-        blocks, unnamed = mirror.blocks(tier), mirror.unnamed(tier)
-        if tier is Tier.VAULT:  # others store and find there too: nobody here knows what it has
-            unnamed = 1
-        fetches, lossy = self._totals.fetches(tier), None
-        if tier is Tier.VAULT and self.vault is not None and self.vault.lossy_share is not None:
-            own = self._totals.lossy_curve(tier, self.vault.lossy_share)
-            lossy = LossyLoad(own.latency_s, own.per_byte_s, self._totals.fetches(tier, True))
-        return TierLoad(blocks, unnamed, curve.latency_s, curve.per_byte_s, fetches, lossy)
-
-
-def _tiered(scheduler: Any) -> Any:
-    """The `kv.offload.TieredConnector` of an engine that has tiers."""
-    for connector in getattr(scheduler.connector, "sub_connectors", ()):
-        if isinstance(connector, OffloadingConnector):
-            return connector
-    return None
-
-
-def _has_handoff(request: Request) -> bool:
-    """Whether its KV comes from another engine's pages, which may be another prompt's by now."""
-    return "remote_engine_id" in (request.kv_transfer_params or {})
+        blocks, unnamed = self._mirror.blocks(tier), self._mirror.unnamed(tier)
+        if tier is not Tier.VAULT or self.vault is None:
+            return self._totals.load(tier, blocks, unnamed)
+        # Others store and find there too: nobody here knows what it has.
+        return self._totals.load(tier, blocks, 1, self.vault.lossy_share)

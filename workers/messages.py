@@ -17,7 +17,7 @@ from kv.plan import Hints
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a replica of another version is not routable.
-WIRE_VERSION = 7
+WIRE_VERSION = 8
 
 
 # vLLM's kv_transfer_params: where a finished prefill's blocks lie. Opaque to the router.

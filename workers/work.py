@@ -4,6 +4,7 @@ from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kv.block import unpack_tokens
@@ -69,6 +70,11 @@ def delta(output: EngineCoreOutput) -> Delta:
         handoff=output.kv_transfer_params,
         extras=_extras(output),
     )
+
+
+def has_handoff(request: Request) -> bool:
+    """Whether its KV comes from another engine's pages, which may be another prompt's by now."""
+    return "remote_engine_id" in (request.kv_transfer_params or {})
 
 
 def _prefill_params(lends: bool) -> SamplingParams:
