@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 
 from kv import disk_files
+from kv.disk_read import Reader
 from kv.disk_seal import Checked, Seal
 from kv.errors import DamagedBlockError, DiskError, LostSlotError
 
@@ -56,7 +57,7 @@ class DiskStore:
     ) -> None:
         """Take a slot and see what it holds; raises `DiskError` if none can be used."""
         self._root, self._fingerprint, self._budget_bytes = root, fingerprint, budget_bytes
-        self._seal = seal
+        self._seal, self._reader = seal, Reader()
         self._lock = threading.Condition()
         self._sweeping = threading.Lock()
         # Bytes by the tag's folder and the key, the oldest first; and what others left here.
@@ -127,11 +128,11 @@ class DiskStore:
         for bytes that are not what was stored, `OSError` if they cannot be read. The block is
         gone then."""
         name = (_folder(tag), key)
-        path, parts = self._path(name), self._seal.parts(into)
+        path, room = self._path(name), self._seal.room(into, self._reader.scratch)
         try:
             with self._reads(name):
-                whole = disk_files.read(path, parts)
-                if not whole or not self._seal.opened(self._full_name(tag, key), parts, into):
+                whole = self._reader.read(path, room, len(into) + self._seal.overhead_bytes)
+                if not whole or not self._seal.opened(self._full_name(tag, key), room, into):
                     raise DamagedBlockError(str(path), "its checksum is another", "recompute it")
         except (OSError, DamagedBlockError):
             with self._lock:

@@ -1,4 +1,4 @@
-"""The files under a disk tier: whose they are, who holds a slot, writing, reading and removing."""
+"""The files under a disk tier: whose they are, who holds a slot, writing and removing."""
 
 import fcntl
 import os
@@ -67,23 +67,6 @@ def write(path: Path, parts: Sequence[memoryview | bytes]) -> None:
                 left = left[os.write(file, left) :]
     finally:
         os.close(file)
-
-
-def read(path: Path, parts: Sequence[memoryview]) -> bool:
-    """Fill `parts` from a file; False if it is not exactly as long as they are."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        if os.fstat(file).st_size != sum(map(len, parts)):
-            return False
-        for part in parts:
-            while part:
-                count = os.readv(file, [part])
-                if count == 0:
-                    return False
-                part = part[count:]
-    finally:
-        os.close(file)
-    return True
 
 
 def unlink(path: Path) -> OSError | None:

@@ -6,7 +6,7 @@ Either is over the block's full name too, so that a file in another's place is d
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import xxhash
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from kv.disk_read import is_aligned
 from kv.errors import DiskError
 
 _CHECK_BYTES = 16
@@ -21,6 +22,9 @@ _NONCE_BYTES = 12
 _TAG_BYTES = 16
 _KEY_BYTES = 32
 _KEY_ID_DIGITS = 16
+
+# `Reader.scratch`.
+Scratch = Callable[[int], memoryview]
 
 
 class Seal(Protocol):
@@ -33,11 +37,12 @@ class Seal(Protocol):
     def sealed(self, name: bytes, block: memoryview) -> Sequence[memoryview | bytes]:
         """The file of a block, in parts."""
 
-    def parts(self, into: memoryview) -> Sequence[memoryview]:
-        """What to read the file of a block of this length into; may be `into` itself."""
+    def room(self, into: memoryview, scratch: Scratch) -> Sequence[memoryview]:
+        """What to read the file of a block of this length into (`Reader.read`); may begin with
+        `into` itself."""
 
-    def opened(self, name: bytes, parts: Sequence[memoryview], into: memoryview) -> bool:
-        """Whether `parts` are as `sealed` made them for `name`; `into` holds the block then."""
+    def opened(self, name: bytes, room: Sequence[memoryview], into: memoryview) -> bool:
+        """Whether `room` holds what `sealed` made for `name`; `into` holds the block then."""
 
 
 class Checked:
@@ -48,11 +53,19 @@ class Checked:
     def sealed(self, name: bytes, block: memoryview) -> Sequence[memoryview | bytes]:
         return block, _checksum(name, block)
 
-    def parts(self, into: memoryview) -> Sequence[memoryview]:
-        return into, memoryview(bytearray(_CHECK_BYTES))
+    def room(self, into: memoryview, scratch: Scratch) -> Sequence[memoryview]:
+        if is_aligned(into):
+            return into, scratch(_CHECK_BYTES)
+        return (scratch(len(into) + _CHECK_BYTES),)
 
-    def opened(self, name: bytes, parts: Sequence[memoryview], into: memoryview) -> bool:
-        return bytes(parts[1]) == _checksum(name, into)
+    def opened(self, name: bytes, room: Sequence[memoryview], into: memoryview) -> bool:
+        *in_place, last = room
+        at = 0 if in_place else len(into)
+        check = bytes(last[at : at + _CHECK_BYTES])
+        if not in_place:
+            into[:] = last[:at]
+            last[:at] = bytes(at)  # no copy stays behind that an erasure does not know of
+        return check == _checksum(name, into)
 
 
 class Encrypted:
@@ -71,13 +84,13 @@ class Encrypted:
         nonce = os.urandom(_NONCE_BYTES)
         return nonce, self._cipher.encrypt(nonce, block, name)
 
-    def parts(self, into: memoryview) -> Sequence[memoryview]:
-        sizes = (_NONCE_BYTES, len(into) + _TAG_BYTES)
-        return [memoryview(bytearray(size)) for size in sizes]
+    def room(self, into: memoryview, scratch: Scratch) -> Sequence[memoryview]:
+        return (scratch(len(into) + self.overhead_bytes),)
 
-    def opened(self, name: bytes, parts: Sequence[memoryview], into: memoryview) -> bool:
+    def opened(self, name: bytes, room: Sequence[memoryview], into: memoryview) -> bool:
+        file = room[0][: len(into) + self.overhead_bytes]
         try:
-            self._cipher.decrypt_into(parts[0], parts[1], name, into)
+            self._cipher.decrypt_into(file[:_NONCE_BYTES], file[_NONCE_BYTES:], name, into)
         except InvalidTag:
             return False
         return True

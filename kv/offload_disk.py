@@ -42,6 +42,8 @@ logger = init_logger(__name__)
 TAG = "tag"
 # One complaint a tier and so many seconds: a full disk fails every store.
 _COMPLAIN_EVERY_S = 60.0
+# Threads that read for one load: one checks a block while the other's is on its way.
+_READERS = 2
 
 
 class StoreQueue(BackpressureDetector):
@@ -71,6 +73,29 @@ class StoreQueue(BackpressureDetector):
 
     def reset(self) -> None:
         self.policy.reset()
+
+
+class _Load:
+    """One job's blocks, of which each of the pool's threads takes the next."""
+
+    def __init__(self, job: TransferJob) -> None:
+        self._blocks, self.tag = len(job.keys), tag_of(job.req_context)
+        self.left = iter(list(zip(job.keys, job.chunk_ids.tolist(), strict=True)))
+        self.done: list[OffloadKey] = []
+        self.failure: Exception | None = None  # the last
+        self.began_s = self.ended_s = 0.0
+
+    def seconds(self) -> float:
+        return self.ended_s - self.began_s
+
+    def complain(self) -> None:
+        if self.failure is not None:
+            logger.warning(
+                "disk tier: %d of %d blocks could not be read and are removed: %s",
+                self._blocks - len(self.done),
+                self._blocks,
+                self.failure,
+            )
 
 
 class DiskTier(SecondaryTierManager):
@@ -114,7 +139,8 @@ class DiskTier(SecondaryTierManager):
         self._eraser = ThreadPoolExecutor(1, thread_name_prefix="kv-erase")
         self._lost = False
         self._jobs: dict[int, TransferJob] = {}
-        self._done: dict[int, list[OffloadKey]] = {}
+        self._loads: dict[int, _Load] = {}
+        self._done: dict[int, list[OffloadKey]] = {}  # of stores
         self._void: set[int] = set()  # jobs that are to store nothing more
         self._events: list[OffloadingEvent] = []
         self._publishes = offloading_spec.kv_events_config.enable_kv_cache_events
@@ -139,14 +165,19 @@ class DiskTier(SecondaryTierManager):
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         self._jobs[job_metadata.job_id] = job_metadata
-        self._pool.enqueue_load(job_metadata.job_id, 1, [lambda: self._load(job_metadata)])
+        load = self._loads[job_metadata.job_id] = _Load(job_metadata)
+        tasks = [lambda: self._load(load)] * _READERS
+        self._pool.enqueue_load(job_metadata.job_id, len(tasks), tasks)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []
         for job_id, _, seconds in self._pool.get_finished():
             job, done = self._jobs.pop(job_id), self._done.pop(job_id, [])
             self._void.discard(job_id)
-            if not job.is_promotion:
+            if (load := self._loads.pop(job_id, None)) is not None:
+                done, seconds = load.done, load.seconds()
+                load.complain()
+            else:
                 self._queue.blocks -= len(job.keys)
             if not job.is_promotion and self._publishes and done:
                 self._events.append(OffloadingEvent(done, self.medium, False, self.locality))
@@ -230,24 +261,15 @@ class DiskTier(SecondaryTierManager):
                 self._lost = True
                 return
 
-    def _load(self, job: TransferJob) -> None:
-        done = self._done[job.job_id] = []
-        tag = tag_of(job.req_context)
-        failure: Exception | None = None
-        for key, row in zip(job.keys, job.chunk_ids.tolist(), strict=True):
+    def _load(self, load: "_Load") -> None:
+        load.began_s = load.began_s or time.monotonic()
+        for key, row in load.left:
             try:
-                self.store.get(tag, key, self._row(row))
-                done.append(key)
+                self.store.get(load.tag, key, self._row(row))
+                load.done.append(key)
             except (OSError, DamagedBlockError) as error:
-                failure = error
-        if failure is not None:
-            failed = len(job.keys) - len(done)
-            logger.warning(
-                "disk tier: %d of %d blocks could not be read and are removed: %s",
-                failed,
-                len(job.keys),
-                failure,
-            )
+                load.failure = error
+        load.ended_s = time.monotonic()
 
     def _row(self, row: int) -> memoryview:
         view: memoryview = self._primary_kv_view[row : row + 1].cast("B")

@@ -1,10 +1,10 @@
 """Peers beside our tiers: vLLM's own `fs` tier, and tierKV's codec.
 
 vLLM's `fs` tier restores the same prompts into the same engine, with our worker for CPU engines
-(vLLM has none) and our manager above it. It checks no sums and has no budget; it reads with
-O_DIRECT where it can, ours through the page cache, which is emptied first. Engines of both take
-turns, one at a time. tierKV's codec encodes the default model's KV in tierKV's own layout, in an
-environment of its own (`peers_tierkv`).
+(vLLM has none) and our manager above it. It checks no sums and has no budget. Both read with
+O_DIRECT where they can, ours only what the page cache does not have: it is emptied first. Engines
+of both take turns, one at a time. tierKV's codec encodes the default model's KV in tierKV's own
+layout, in an environment of its own (`peers_tierkv`).
 """
 
 import statistics
