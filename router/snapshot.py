@@ -97,8 +97,8 @@ class Pool(Sequence[ReplicaView]):
         places = range(len(self._rows))[at]
         if isinstance(places, range):
             return [self[place] for place in places]
-        row, held = self._rows[places], self._tier_tokens.get(self._first + places)
-        if held is None:
+        row, held = self._rows[places], self._tier_tokens.get(self._first + places, {})
+        if not held and not self._lossy:
             return replace(row, hit_tokens=int(self._hit_tokens[places]))
         tiers = tuple(
             replace(view, curve=view.of(self._lossy), hit_tokens=held.get(view.tier, 0))
