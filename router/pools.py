@@ -64,6 +64,8 @@ class Pools:
         p, d = (self._places.get(name) for name in pair)
         if self._moved or self._curves is not before or p is None or d is None:
             return
+        if not d < self._n_decode <= p:  # names of other roles by now
+            return
         self._curves, at = curves, (d, p - self._n_decode)
         self._links = LinkColumns(self._links.latency_s.copy(), self._links.per_byte_s.copy())
         self._links.latency_s[at] = curves[pair].latency_s
