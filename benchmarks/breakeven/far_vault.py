@@ -83,8 +83,7 @@ class FarVault:
         seen."""
         cluster = self._cluster
         cluster.post("/admin/policy", {"policy": policy})
-        cluster.reset(*ENGINES)
-        cluster.await_quiet()
+        cluster.settle(*ENGINES)
         prompt = self._prefix[:prefix_tokens] + self._tokens(suffix_tokens)
         seconds = self._complete(prompt, codec)
         *_, decision = cluster.get("/admin/decisions")["decisions"]
