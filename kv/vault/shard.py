@@ -36,13 +36,14 @@ _Owner = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How long a client has to write what it was granted and to read what it was lent, at most if
-    it asks for longer, and how long bytes may still arrive after its connection has gone."""
+    """How long a client has to write what it was granted and to read what it was lent, how long
+    bytes may still arrive after its connection has gone, and for how long a reader that asks for
+    more is lent blocks at most."""
 
     write_s: float = 30.0
     lease_s: float = 10.0
-    most_lease_s: float = 120.0
     settle_s: float = 2.0
+    most_lease_s: float = 120.0
 
 
 @dataclass(slots=True, eq=False)

@@ -267,6 +267,18 @@ def test_a_client_killed_while_it_reads(tmp_path: Path) -> None:
         await_that(lambda: stats(vault).leases == 0, "its lease ends", 5.0)
 
 
+@pytest.mark.parametrize(("wanted_s", "lease_s"), [(0.0, 10.0), (60.0, 60.0), (1e6, 120.0)])
+def test_a_slow_reader_is_lent_blocks_for_longer(
+    tmp_path: Path, wanted_s: float, lease_s: float
+) -> None:
+    """As long as it asks for, within what a shard is ready to give."""
+    with shard(tmp_path) as handle, client(handle) as vault:
+        assert stored(vault, BLOCKS)
+        with session(handle) as reader:
+            get_all = wire.Get(0, tuple(BLOCKS), wanted_s)
+            assert reader.ask(get_all, wire.Lent, time.monotonic() + 5).lease_s == lease_s
+
+
 # -- the bytes
 
 

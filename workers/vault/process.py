@@ -34,6 +34,7 @@ class ShardSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     policy: str = "value"
     write_s: float = 30.0
     lease_s: float = 10.0
+    most_lease_s: float = 120.0
     settle_s: float = 2.0
 
 
@@ -50,7 +51,7 @@ class ShardProcess:
         store = None if disk is None else open_store(disk, name, settings.fingerprint)
         total_bytes = settings.memory_bytes if store is None else store.capacity_bytes
         quotas = Quotas(total_bytes, settings.tenant_bytes, settings.other_tenant_bytes)
-        terms = Terms(settings.write_s, settings.lease_s, settings.settle_s)
+        terms = Terms(settings.write_s, settings.lease_s, settings.settle_s, settings.most_lease_s)
         self.region = Region(settings.memory_bytes, serves=True)
         policy = POLICIES[settings.policy]()
         shard = Shard(self.region.memory, quotas, policy, terms, extent=store is not None)

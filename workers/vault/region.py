@@ -19,9 +19,10 @@ from kv.errors import VaultLostError
 from workers import connector
 
 READ, WRITE = "READ", "WRITE"
-# Between looks at a transfer: the first are for small ones, which take some 10 us.
+# Between looks at a transfer: the first are for small ones, which take some 10 us; then a share of
+# the time that it has taken already. Looks cost a core that somebody else computes with.
 _EAGER_S = 0.0002
-_PAUSE_S = 0.00005
+_PAUSE_S, _MOST_PAUSE_S, _PAUSE_SHARE = 0.00005, 0.002, 0.02
 
 
 class Piece(NamedTuple):
@@ -85,7 +86,7 @@ class Region:
             state = self._agent.transfer(self._handle)
             begun = time.monotonic()
             while state == "PROC" and not ended():
-                time.sleep(0.0 if time.monotonic() - begun < _EAGER_S else _PAUSE_S)
+                time.sleep(_pause_s(time.monotonic() - begun))
                 state = self._agent.check_xfer_state(self._handle)
             if state == "DONE":
                 self._handle.release()
@@ -115,6 +116,13 @@ class Region:
         there = [(address, n_bytes, 0) for _, address, n_bytes in pieces]
         agent = self._agent
         return agent.get_xfer_descs(here, "DRAM"), agent.get_xfer_descs(there, "DRAM")
+
+
+def _pause_s(taken_s: float) -> float:
+    """Until the next look at a transfer that has taken so long."""
+    if taken_s < _EAGER_S:
+        return 0.0
+    return min(_MOST_PAUSE_S, max(_PAUSE_S, _PAUSE_SHARE * taken_s))
 
 
 def _failed(doing: str, error: Exception) -> VaultLostError:
