@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import plotting
 from benchmarks.breakeven import batch_plot
+from benchmarks.breakeven import seed_plot
 from benchmarks.breakeven.cells import COMPUTE, FETCH, OURS, Cell, crossover_tokens, series
 from benchmarks.breakeven.grid import cell_of
 from benchmarks.plotting import plt, style
@@ -26,6 +27,9 @@ def draw(results: Path, quick: bool) -> None:
         cells = [cell_of(told) for told in kept.values()]
         _heat_map(cells, into / "grid.png")
         _curves(cells, into / "grid-curves.png")
+    path = raw / "seed.json"
+    if path.exists():
+        seed_plot.draw(json.loads(path.read_text())["results"], into)
     plotting.draw({"batch": batch_plot.panel}, results, quick)
 
 

@@ -1,7 +1,7 @@
 """Plots of `make bench-tiers`, from the raw results that the parts keep."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from benchmarks.tiers import vault_restore
 from benchmarks.tiers.restore import LABELS
 from benchmarks.tiers.stores import NAMES, together
 
+Times = Callable[[dict[str, Any], str], list[float]]
+
 
 def draw(results: Path, quick: bool) -> None:
     """One PNG for each part that has results."""
@@ -18,39 +20,51 @@ def draw(results: Path, quick: bool) -> None:
     plotting.draw(draws, results, quick)
 
 
-def _restore(axes: Any, results: dict[str, Any]) -> None:
-    def times(prompt: dict[str, Any], what: str) -> list[float]:
-        return [visit["ttft_s"] for visit in prompt["visits"][what]]
+def restore_times(prompt: dict[str, Any], what: str) -> list[float]:
+    """Seconds of one kind, of a prompt that `restore` keeps."""
+    return [visit["ttft_s"] for visit in prompt["visits"][what]]
 
-    _first_tokens(axes, results, LABELS, times)
+
+def vault_times(prompt: dict[str, Any], what: str) -> list[float]:
+    """The same of `vault_restore`."""
+    return list(prompt[what])
+
+
+def _restore(axes: Any, results: dict[str, Any]) -> None:
+    _first_tokens(axes, results, LABELS, restore_times)
 
 
 def _vault_restore(axes: Any, results: dict[str, Any]) -> None:
-    _first_tokens(axes, results, vault_restore.LABELS, lambda prompt, what: prompt[what])
+    _first_tokens(axes, results, vault_restore.LABELS, vault_times)
 
 
 def _first_tokens(
-    axes: Any,
-    results: dict[str, Any],
-    labels: Mapping[str, str],
-    times: Callable[[dict[str, Any], str], list[float]],
+    axes: Any, results: dict[str, Any], labels: Mapping[str, str], times: Times
 ) -> None:
-    """Medians over all rounds by prompt length; `times` are a prompt's seconds of one kind."""
-    sizes = sorted(map(int, next(iter(results.values()))["prompts"]))
-    medians: dict[str, list[float]] = {}
-    for what in labels:
-        for tokens in sizes:
-            prompts = [each["prompts"][str(tokens)] for each in results.values()]
-            found = [seconds for prompt in prompts for seconds in times(prompt, what)]
-            medians.setdefault(what, []).append(statistics.median(found))
+    sizes, taken_s = medians(results, labels, times)
     for what, label in labels.items():
-        axes[0].plot(sizes, medians[what], marker="o", label=label)
+        axes[0].plot(sizes, taken_s[what], marker="o", label=label)
         if what != "cold":
-            ratios = [a / b for a, b in zip(medians[what], medians["hit"], strict=True)]
+            ratios = [a / b for a, b in zip(taken_s[what], taken_s["hit"], strict=True)]
             axes[1].plot(sizes, ratios, marker="o", label=label)
     axes[0].set_yscale("log")
     style(axes[0], "First token of a prompt", "tokens", "s")
     style(axes[1], "Against a device hit", "tokens", "x")
+
+
+def medians(
+    results: dict[str, Any], kinds: Iterable[str], times: Times
+) -> tuple[list[int], dict[str, list[float]]]:
+    """Prompt lengths, and for each kind its medians over all rounds; `times` are a prompt's seconds
+    of one kind."""
+    sizes = sorted(map(int, next(iter(results.values()))["prompts"]))
+    found: dict[str, list[float]] = {}
+    for what in kinds:
+        for tokens in sizes:
+            prompts = [each["prompts"][str(tokens)] for each in results.values()]
+            seconds = [taken for prompt in prompts for taken in times(prompt, what)]
+            found.setdefault(what, []).append(statistics.median(seconds))
+    return sizes, found
 
 
 def _stores(axes: Any, results: dict[str, Any]) -> None:
