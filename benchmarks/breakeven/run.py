@@ -11,11 +11,7 @@ from benchmarks.breakeven import plots
 
 SUITE = runner.Suite(
     folder=Path(__file__).resolve().parent,
-    parts=("grid", "slowed", "batch", "seed"),
-    draw=plots.draw,
-    # A tiny model is computed as soon as it is fetched: there is nothing to follow, and nobody
-    # waits for it long enough to tell whether others gave way.
-    left_out=("slowed", "batch"),
+    parts=("grid", "slowed", "batch", "seed", "load"),
 )
 
 if __name__ == "__main__":
