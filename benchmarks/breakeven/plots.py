@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plotting
-from benchmarks.breakeven import batch_plot
-from benchmarks.breakeven import seed_plot
-from benchmarks.breakeven import load_plot, seed_plot
+from benchmarks.breakeven import batch_plot, load_plot, seed_plot
 from benchmarks.breakeven.cells import COMPUTE, FETCH, OURS, Cell, crossover_tokens, series
 from benchmarks.breakeven.grid import cell_of
 from benchmarks.plotting import plt, style
@@ -28,11 +26,11 @@ def draw(results: Path, quick: bool) -> None:
         cells = [cell_of(told) for told in kept.values()]
         _heat_map(cells, into / "grid.png")
         _curves(cells, into / "grid-curves.png")
-    plotting.draw({"load": load_plot.panel}, results, quick)
     path = raw / "seed.json"
     if path.exists():
         seed_plot.draw(json.loads(path.read_text())["results"], into)
-    plotting.draw({"batch": batch_plot.panel}, results, quick)
+    panels = {"batch": batch_plot.panel, "load": load_plot.panel}
+    plotting.draw(panels, results, quick)
 
 
 def _heat_map(cells: Sequence[Cell], path: Path) -> None:
