@@ -153,6 +153,7 @@ def _ingress(
         fetch_tokens=config.router.fetch_tokens,
         overrun=config.router.overrun,
         retry_s=config.router.retry_s,
+        hysteresis=config.router.hysteresis,
         drain_s=section.drain_s,
         request_timeout_s=section.request_timeout_s,
         keys_file=_resolved(section.keys_file),

@@ -97,6 +97,7 @@ class RouterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     fetch_tokens: Positive = 512
     overrun: Annotated[float, Meta(ge=1)] = 2.0
     retry_s: Seconds | None = 5.0
+    hysteresis: Annotated[float, Meta(ge=0)] = 0.05
     probe_s: Seconds = 4.0
     batch: BatchBounds = BatchBounds()
 

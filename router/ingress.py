@@ -109,6 +109,7 @@ class Ingress:
             settings.session_slack,
             settings.fetch_tokens,
             settings.overrun,
+            settings.hysteresis,
         )
         planner = Planner(self.fleet, prices, self._in_force.order)
         pipeline = Pipeline(self.fleet, planner, shadow, admission, audit, now, room)

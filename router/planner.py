@@ -24,6 +24,7 @@ class Prices:
     session_slack: float = 0.1
     fetch_tokens: int = 512
     overrun: float = 2.0
+    hysteresis: float = 0.05
 
 
 class Planner:
@@ -58,6 +59,7 @@ class Planner:
             overrun=self._prices.overrun,
             yields=request.patience_s(self._fleet.now()) is not None,
             may_split=request.keep is None or not request.keep.yields,
+            hysteresis=self._prices.hysteresis,
         )
         order = self._order()
         plan = CHOOSE[order.policy](question)

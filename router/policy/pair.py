@@ -7,8 +7,9 @@ what is computed twice is paid for twice.
 All plans are priced at once: `local` on each decode replica, then `remote` on each pair, in one
 vector whose order is by shape, decode replica and prefill replica. Of equals the first is taken.
 Whoever computes takes from its own tiers first what is cheaper to fetch (`router.policy.tiers`):
-then a plan is `fetch` or `fetch-remote`. The best of these is then held against the best `split`
-(`router.policy.split`).
+then a plan is `fetch` or `fetch-remote`. Of near equals one is taken that leaves a session, or else
+a prefix, where it is (`router.policy.session`, `router.policy.kept`). It is then held against the
+best `split` (`router.policy.split`).
 """
 
 from dataclasses import replace
@@ -34,6 +35,7 @@ from router.columns import (
 )
 from router.errors import NoReplicaError
 from router.policy import peer, split, tiers
+from router.policy.kept import kept
 from router.policy.objective import objective
 from router.policy.question import Question
 from router.policy.session import preferred
@@ -49,12 +51,14 @@ TIE = 1e-9
 class _Prices(NamedTuple):
     """Every plan of one question: `local` on each decode replica, then `remote` on each pair.
 
-    `compute_s` and `lacked_bytes` are by replica: what computing costs behind its hit and what it
-    fetches, and what a handoff brings it. `taken` is None where nobody's tiers hold anything.
+    `hit_tokens`, `compute_s` and `lacked_bytes` are by replica: what its paged KV has of the
+    prompt, what computing costs behind that and what it fetches, and what a handoff brings it.
+    `taken` is None where nobody's tiers hold anything.
     """
 
     columns: Columns
     cost_s: Floats
+    hit_tokens: Floats
     compute_s: Floats
     lacked_bytes: Floats
     taken: tiers.Taken | None
@@ -123,6 +127,8 @@ def choose(question: Question) -> Plan:
     cheapest = best = _first_of_the_cheapest(prices.cost_s)
     if question.affinity is not None:
         best = _of_session(question.affinity, question.session_slack, prices, cheapest)
+    elif question.hysteresis:
+        best = _kept(question, prices, cheapest)
     shape, prefill, decode, ttft_s = prices.described(best)
     own = None if question.affinity is None else decode  # a session's turns keep to one replica
     divided = split.better(question, prices.columns, float(prices.cost_s[best]), own)
@@ -175,7 +181,7 @@ def _price(question: Question) -> _Prices:
         remote_s += spent_s[n_decode:] + loads[QUEUE_S, n_decode:]
     if taken is not None and question.yields:
         taken = taken._replace(seconds=taken.seconds / prices.transfer)
-    return _Prices(told, cost_s, compute_s, lacked_bytes, taken)
+    return _Prices(told, cost_s, hit_tokens, compute_s, lacked_bytes, taken)
 
 
 def _taken(
@@ -224,6 +230,14 @@ def _of_session(session: bytes, slack: float, prices: _Prices, cheapest: int) ->
     return by_prefill[preferred(session, by_prefill)]
 
 
+def _kept(question: Question, prices: _Prices, cheapest: int) -> int:
+    margin = question.hysteresis
+    # A part of the prompt that is as small as the difference in costs is noise, too.
+    noise = margin * question.prompt_tokens
+    of_all = prices.cost_s, cheapest, prices.hit_tokens, prices.columns.n_decode
+    return kept(*of_all, margin, noise)
+
+
 def _rivals(prices: _Prices, best: int) -> tuple[Rival, ...]:
     """The cheapest plans but the best, cheapest first. One of them has the other shape: that of
     computing on P or on D which was not chosen is what people ask for."""
@@ -247,7 +261,7 @@ def _reason(question: Question, prices: _Prices, cheapest: int, best: int) -> Re
     if question.snapshot.blind:
         return Reason.NO_CATALOGUE
     if best != cheapest:
-        return Reason.SESSION
+        return Reason.KEPT if question.affinity is None else Reason.SESSION
     if prices.fetches(best):
         return Reason.CHEAPER_FETCH
     if prices.columns.n_decode == 1 and np.isinf(prices.cost_s[1:]).all():

@@ -18,6 +18,7 @@ class Question:
     long as predicted is given up. A request that `yields` is planned by what it costs others
     rather than by when it is answered. Unless it `may_split` no head of it is computed elsewhere:
     its blocks may take nobody's place in the host tier that would lend the head.
+    Plans whose costs differ by a ratio of `hysteresis` are equally cheap.
     """
 
     prompt_tokens: int
@@ -32,3 +33,4 @@ class Question:
     overrun: float = 2.0
     yields: bool = False
     may_split: bool = True
+    hysteresis: float = 0.0

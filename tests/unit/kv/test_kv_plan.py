@@ -164,6 +164,7 @@ def test_words_on_the_wire_are_stable() -> None:
         "no_prefill_replica",
         "no_catalogue",
         "session",
+        "kept",
         "prompt_logprobs",
         "least_loaded",
         "prefix_affinity",
