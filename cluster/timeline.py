@@ -28,6 +28,7 @@ _WHY = {
     Reason.NO_CATALOGUE: "nobody could say what is cached where",
     Reason.SESSION: "about as cheap as the best, and where this session's other turns go",
     Reason.KEPT: "about as cheap as the best, and where its prefix is already",
+    Reason.EXPLORED: "to find out whether curves that were not used for long still hold",
     Reason.PROMPT_LOGPROBS: "its prompt's logprobs are computed where it is answered",
     Reason.LEAST_LOADED: "the replica with the least load; costs were not looked at",
     Reason.PREFIX_AFFINITY: "the longest cached prefix; costs were not looked at",

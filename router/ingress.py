@@ -28,6 +28,7 @@ from router.catalogue.ledger import SharedLedger
 from router.client import ClusterClient, warm_body
 from router.decisions import Decisions
 from router.entry import Scribe
+from router.explorer import Explorer
 from router.fleet import Fleet
 from router.guard import Guard
 from router.member import Member
@@ -111,7 +112,8 @@ class Ingress:
             settings.overrun,
             settings.hysteresis,
         )
-        planner = Planner(self.fleet, prices, self._in_force.order)
+        explorer = Explorer(settings.explore, now, random.Random())
+        planner = Planner(self.fleet, prices, self._in_force.order, explorer)
         pipeline = Pipeline(self.fleet, planner, shadow, admission, audit, now, room)
         salter = Salter(settings.secret, self._keys is not None, settings.gates)
         self._client = ClusterClient(config, pipeline, salter)

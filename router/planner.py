@@ -6,8 +6,10 @@ from itertools import count
 
 from kv.block import TOKEN_BYTES, chain, root_key
 from router.audit import Footprint
+from router.explorer import Explorer
 from router.fleet import Fleet
 from router.orders import Order
+from router.policy.explore import Exploration
 from router.policy.question import Question
 from router.policy.registry import CHOOSE
 from router.policy.session import affinity
@@ -30,11 +32,19 @@ class Prices:
 class Planner:
     """Names a request's blocks, looks them up, and plans by the policy in force.
 
-    `order` names that policy and its shadow; it is asked for each plan.
+    `order` names that policy and its shadow; it is asked for each plan. Without an `explorer`
+    nothing is explored.
     """
 
-    def __init__(self, fleet: Fleet, prices: Prices, order: Callable[[], Order] = Order) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        prices: Prices,
+        order: Callable[[], Order] = Order,
+        explorer: Explorer | None = None,
+    ) -> None:
         self._fleet, self._prices, self._order = fleet, prices, order
+        self._explorer = explorer
         self._tickets = count()
 
     async def plan(self, request: Request, avoid: Collection[str] = ()) -> Choice:
@@ -60,11 +70,18 @@ class Planner:
             yields=request.patience_s(self._fleet.now()) is not None,
             may_split=request.keep is None or not request.keep.yields,
             hysteresis=self._prices.hysteresis,
+            exploration=self._exploration(avoid),
         )
         order = self._order()
         plan = CHOOSE[order.policy](question)
+        if self._explorer is not None:
+            self._explorer.uses(plan)
         footprint = Footprint(keys, block_tokens, question.snapshot.kv_bytes_per_token)
         return Choice(question, order, plan, footprint)
+
+    def _exploration(self, avoid: Collection[str]) -> Exploration | None:
+        """A request that a replica has failed already is not experimented with."""
+        return None if self._explorer is None or avoid else self._explorer.exploration()
 
     def keys(self, request: Request) -> list[bytes]:
         """Names of the blocks that may be reused: without the last token, which engines always

@@ -158,6 +158,8 @@ def _sections(room: Room) -> dict[str, Any]:
     return {
         "prefill": {"replicas": 1, "resources": {"near": 1}, "surge": False},
         "decode": {"replicas": 1, "resources": {"near": 1}, "surge": False},
+        # A plan that is tried would be measured as one that was found cheapest.
+        "router": {"explore": 0},
         "tiers": {
             "host": {"bytes": room.host_bytes},
             "peer": {},

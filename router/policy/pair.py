@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kv.catalogue import Tier
 from kv.parts import Action, Part, in_turn
@@ -35,6 +36,7 @@ from router.columns import (
 )
 from router.errors import NoReplicaError
 from router.policy import peer, split, tiers
+from router.policy.explore import MOST_COST, Exploration
 from router.policy.kept import kept
 from router.policy.objective import objective
 from router.policy.question import Question
@@ -70,6 +72,12 @@ class _Prices(NamedTuple):
             return plan, None
         d, p = divmod(plan - n_decode, len(names) - n_decode)
         return d, n_decode + p
+
+    def on_decode(self, plans: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The places of their decode replicas."""
+        names, n_decode = self.columns.names, self.columns.n_decode
+        pairs = (plans - n_decode) // max(1, len(names) - n_decode)
+        return np.where(plans < n_decode, plans, pairs)
 
     def computes(self, plan: int) -> int:
         """The place of whoever computes."""
@@ -119,39 +127,74 @@ class _Prices(NamedTuple):
 
 
 def choose(question: Question) -> Plan:
-    """The cheapest plan, or its session's. Raises `NoReplicaError` without a decode replica."""
+    """The cheapest plan, or its session's, or one that is tried instead of it. Raises
+    `NoReplicaError` without a decode replica."""
     snapshot = question.snapshot
     if not snapshot.decode:
         raise NoReplicaError(len(snapshot.prefill), 0)
+    plan = _best(question)
+    if question.exploration is None or question.local_only or snapshot.blind:
+        return plan
+    return _tried(question, question.exploration, plan) or plan
+
+
+def _best(question: Question) -> Plan:
     prices = _price(question)
     cheapest = best = _first_of_the_cheapest(prices.cost_s)
     if question.affinity is not None:
         best = _of_session(question.affinity, question.session_slack, prices, cheapest)
     elif question.hysteresis:
         best = _kept(question, prices, cheapest)
-    shape, prefill, decode, ttft_s = prices.described(best)
-    own = None if question.affinity is None else decode  # a session's turns keep to one replica
-    divided = split.better(question, prices.columns, float(prices.cost_s[best]), own)
+    # A session's turns keep to one replica.
+    own = None if question.affinity is None else prices.names(best)[1]
+    cost_s = float(prices.cost_s[best])
+    divided = split.better(question, prices.columns, cost_s, own)
     if divided is not None:
-        beaten = Rival(shape, prefill, decode, ttft_s, float(prices.cost_s[best]))
+        beaten = Rival(*prices.described(best), cost_s)
         rivals = (beaten, *_rivals(prices, best))[:MAX_RIVALS]
         return split.plan(question, prices.columns, divided, rivals)
-    spans = _spans(question.prompt_tokens, prices, best)
+    reason = _reason(question, prices, cheapest, best)
+    return _plan(question, prices, best, reason, _rivals(prices, best))
+
+
+def _tried(question: Question, exploration: Exploration, cheapest: Plan) -> Plan | None:
+    """Any plan of about that cost, fetches that cost more than computing included; a session's on
+    its own replica. None where it tells nothing."""
+    prices = _price(question, slack=MOST_COST - 1.0)
+    near = np.flatnonzero(prices.cost_s <= cheapest.cost_s * MOST_COST)
+    if question.affinity is not None:
+        near = near[prices.on_decode(near) == prices.columns.names.index(cheapest.decode)]
+    if not near.size:
+        return None
+    at = int(near[int(exploration.draw * near.size)])
+    costs = cheapest.predicted_ttft_s, cheapest.cost_s
+    beaten = Rival(cheapest.shape, cheapest.prefill, cheapest.decode, *costs)
+    rivals = (beaten, *cheapest.rivals)[:MAX_RIVALS]
+    plan = _plan(question, prices, at, Reason.EXPLORED, rivals)
+    return plan if exploration.tries(plan, cheapest) else None
+
+
+def _plan(
+    question: Question, prices: _Prices, at: int, reason: Reason, rivals: tuple[Rival, ...]
+) -> Plan:
+    """One of these as a plan."""
+    shape, prefill, decode, ttft_s = prices.described(at)
+    spans = _spans(question.prompt_tokens, prices, at)
     return Plan(
         shape=shape,
-        reason=_reason(question, prices, cheapest, best),
+        reason=reason,
         prefill=prefill,
         decode=decode,
         spans=spans,
         predicted_ttft_s=ttft_s,
-        cost_s=float(prices.cost_s[best]),
-        rivals=_rivals(prices, best),
-        hints=_hints(question, prices, best, spans),
-        parts=prices.parts(best),
+        cost_s=float(prices.cost_s[at]),
+        rivals=rivals,
+        hints=_hints(question, prices, at, spans),
+        parts=prices.parts(at),
     )
 
 
-def _price(question: Question) -> _Prices:
+def _price(question: Question, slack: float = 0.0) -> _Prices:
     n, snapshot = question.prompt_tokens, question.snapshot
     columns = snapshot.columns or Columns.of(snapshot.decode, snapshot.prefill, snapshot.links)
     prices = objective(question)
@@ -165,7 +208,7 @@ def _price(question: Question) -> _Prices:
     streams[n_decode:] = 0.0
     weight = prices.weigh(loads, streams)
     if columns.tiers is not None and not question.local_only:
-        taken = _taken(n, columns, hit_tokens, weight, snapshot.kv_bytes_per_token)
+        taken = _taken(n, columns, hit_tokens, weight, snapshot.kv_bytes_per_token, slack)
         lacked = n - taken.hit_tokens
     compute_s = _compute_s(n, lacked, loads)
     weight *= compute_s
@@ -185,7 +228,12 @@ def _price(question: Question) -> _Prices:
 
 
 def _taken(
-    prompt_tokens: int, columns: Columns, hit_tokens: Floats, weight: Floats, token_bytes: int
+    prompt_tokens: int,
+    columns: Columns,
+    hit_tokens: Floats,
+    weight: Floats,
+    token_bytes: int,
+    slack: float,
 ) -> tiers.Taken:
     assert columns.tiers is not None
 
@@ -193,7 +241,7 @@ def _taken(
         return weight * _compute_s(prompt_tokens, prompt_tokens - behind_tokens, columns.loads)
 
     held = columns.tiers._replace(tokens=_usable(prompt_tokens, columns.tiers.tokens))
-    return tiers.take(held, hit_tokens, token_bytes, computing)
+    return tiers.take(held, hit_tokens, token_bytes, computing, slack)
 
 
 def _usable(prompt_tokens: int, hit_tokens: Floats) -> Floats:

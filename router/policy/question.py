@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from router.policy.explore import Exploration
 from router.snapshot import Snapshot
 
 
@@ -17,8 +18,9 @@ class Question:
     `fetch_tokens` is the constant of the policy `threshold`. A fetch that takes `overrun` times as
     long as predicted is given up. A request that `yields` is planned by what it costs others
     rather than by when it is answered. Unless it `may_split` no head of it is computed elsewhere:
-    its blocks may take nobody's place in the host tier that would lend the head.
-    Plans whose costs differ by a ratio of `hysteresis` are equally cheap.
+    its blocks may take nobody's place in the host tier that would lend the head. Plans whose costs
+    differ by a ratio of `hysteresis` are equally cheap. With `exploration` a plan that is not the
+    cheapest may be tried.
     """
 
     prompt_tokens: int
@@ -34,3 +36,4 @@ class Question:
     yields: bool = False
     may_split: bool = True
     hysteresis: float = 0.0
+    exploration: Exploration | None = None

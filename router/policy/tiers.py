@@ -32,8 +32,10 @@ def take(
     hit_tokens: Floats,
     token_bytes: int,
     computing: Callable[[Floats], Floats],
+    slack: float = 0.0,
 ) -> Taken:
-    """The cheapest for each replica.
+    """The cheapest for each replica; with `slack` the most that costs no more than that ratio on
+    top of it.
 
     `hit_tokens` are those in its paged KV; `computing` is what computing behind so many tokens
     costs each replica, in the seconds that fetching is counted by.
@@ -47,8 +49,8 @@ def take(
         moving_s = tiers.latency_s[place] + tiers.per_byte_s[place] * span_bytes
         spent_s = spent_s + np.where(span_bytes > 0.0, moving_s, 0.0)
         cost = spent_s + computing(further)
-        better = cost < least * (1.0 - _GAIN)
+        better = cost < least * (1.0 + slack) * (1.0 - _GAIN)
         through = np.where(better, place + 1, through)
         best_hit, best_s = np.where(better, further, best_hit), np.where(better, spent_s, best_s)
-        least, reach = np.where(better, cost, least), further
+        least, reach = np.minimum(cost, least), further
     return Taken(through, best_hit, best_s)
