@@ -154,6 +154,7 @@ def _ingress(
         overrun=config.router.overrun,
         retry_s=config.router.retry_s,
         hysteresis=config.router.hysteresis,
+        displaced_price=config.router.displaced_price,
         explore=config.router.explore,
         drain_s=section.drain_s,
         request_timeout_s=section.request_timeout_s,

@@ -98,6 +98,7 @@ class RouterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     overrun: Annotated[float, Meta(ge=1)] = 2.0
     retry_s: Seconds | None = 5.0
     hysteresis: Annotated[float, Meta(ge=0)] = 0.05
+    displaced_price: Annotated[float, Meta(ge=0)] = 1.0
     explore: Annotated[float, Meta(ge=0, le=1)] = 0.01
     probe_s: Seconds = 4.0
     batch: BatchBounds = BatchBounds()

@@ -88,6 +88,39 @@ class TierColumns(NamedTuple):
         return columns
 
 
+class Displaced(NamedTuple):
+    """What new blocks push out of each replica's paged KV, float64 a replica.
+
+    There is room for `free_tokens`; each token beyond costs `per_token_s`: the chance that what is
+    pushed out is asked for again, times the seconds a token that bring it back.
+    """
+
+    free_tokens: Floats
+    per_token_s: Floats
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence["ReplicaView"],
+        free_tokens: Sequence[int],
+        chance: float,
+        token_bytes: int,
+    ) -> "Displaced | None":
+        """Of these rows, which have so much room; None where nothing is asked for again."""
+        if not chance:
+            return None
+        back_s = [
+            min([row.curve.per_token_s, *(t.curve.per_byte_s * token_bytes for t in row.tiers)])
+            for row in rows
+        ]
+        return cls(np.array(free_tokens, np.float64), chance * np.array(back_s, np.float64))
+
+    def seconds(self, new_tokens: Floats) -> Floats:
+        """By replica, if so many tokens come to each."""
+        pushed: Floats = np.maximum(new_tokens - self.free_tokens, 0.0) * self.per_token_s
+        return pushed
+
+
 class Columns(NamedTuple):
     """Replicas by name, decode replicas first; `loads` is float64 of shape (10, replicas).
 
@@ -95,7 +128,8 @@ class Columns(NamedTuple):
     seconds until those that wait run; what a handoff to it costs beside its link; what a local
     prefill costs beside its compute; how many streams run; 1 where tiers hold what nobody was told
     of; and how many requests it has that give way. `hit_tokens` is float64 a replica. `tiers` is
-    None where none holds more than the paged KV does.
+    None where none holds more than the paged KV does, `displaced` where nothing is known to be
+    missed once it is pushed out.
     """
 
     names: tuple[str, ...]
@@ -104,6 +138,7 @@ class Columns(NamedTuple):
     links: LinkColumns
     hit_tokens: Floats
     tiers: TierColumns | None = None
+    displaced: Displaced | None = None
 
     @classmethod
     def of(

@@ -130,7 +130,7 @@ class Fleet:
         expected = self._expected.depths(keys)
         if found is not None and expected:
             found = msgspec.structs.replace(found, depths=deepest(found.depths, expected))
-        return self._pools.snapshot(found, self.pairs.links, lossy)
+        return self._pools.snapshot(found, self.pairs.links, lossy, self.line.beat)
 
     @contextmanager
     def expecting(

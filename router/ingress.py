@@ -111,6 +111,7 @@ class Ingress:
             settings.fetch_tokens,
             settings.overrun,
             settings.hysteresis,
+            settings.displaced_price,
         )
         explorer = Explorer(settings.explore, now, random.Random())
         planner = Planner(self.fleet, prices, self._in_force.order, explorer)

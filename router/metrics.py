@@ -142,6 +142,11 @@ class FleetMetrics(Collector):
             "Age of the oldest change of blocks when it was taken in, of the last 15 s or more",
             self._fleet.line.beat.lag_s,
         )
+        yield GaugeMetricFamily(
+            "breakeven_eviction_regret_ratio",
+            "How likely a block that leaves paged KV now will be asked for again",
+            self._fleet.line.beat.regret,
+        )
 
     def _cached_bytes(self, member: Member) -> int:
         replica = member.replica

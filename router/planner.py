@@ -27,6 +27,7 @@ class Prices:
     fetch_tokens: int = 512
     overrun: float = 2.0
     hysteresis: float = 0.05
+    displaced_price: float = 1.0
 
 
 class Planner:
@@ -70,6 +71,7 @@ class Planner:
             yields=request.patience_s(self._fleet.now()) is not None,
             may_split=request.keep is None or not request.keep.yields,
             hysteresis=self._prices.hysteresis,
+            displaced_price=self._prices.displaced_price,
             exploration=self._exploration(avoid),
         )
         order = self._order()

@@ -11,14 +11,24 @@ import numpy as np
 
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
-from router.catalogue.wire import Found, Taken
-from router.columns import TIER_ORDER, Columns, Floats, LinkColumns, TierColumns, load_of, loads_of
+from router.catalogue.wire import Beat, Found, Taken
+from router.columns import (
+    TIER_ORDER,
+    Columns,
+    Displaced,
+    Floats,
+    LinkColumns,
+    TierColumns,
+    load_of,
+    loads_of,
+)
 from router.member import Member
 from router.snapshot import Pool, ReplicaView, Snapshot, TierTokens, TierView
 from workers.messages import LossyLoad, Role, TierLoad
 
 NOTHING = Taken()
 _NONE_HELD: TierTokens = {}
+_NO_BEAT = Beat()
 Pair = tuple[str, str]
 
 
@@ -44,6 +54,8 @@ class Pools:
         self._links = LinkColumns.of((), (), {})
         self._peers: Mapping[str, str] = {}
         self._room_tokens: Mapping[str, int] = {}
+        self._beat: Beat | None = None
+        self._displaced: Displaced | None = None
 
     def touch(self, member: Member) -> None:
         """Something that its row is made of has changed, or it came, or it left."""
@@ -72,9 +84,14 @@ class Pools:
         self._links.per_byte_s[at] = curves[pair].per_byte_s
 
     def snapshot(
-        self, found: Found | None, curves: Mapping[Pair, LinkCurve], lossy: bool = False
+        self,
+        found: Found | None,
+        curves: Mapping[Pair, LinkCurve],
+        lossy: bool = False,
+        beat: Beat = _NO_BEAT,
     ) -> Snapshot:
-        """What is routable now; `found` is what the catalogue and this ingress know of the prompt.
+        """What is routable now; `found` is what the catalogue and this ingress know of the prompt,
+        `beat` what the catalogue said last.
 
         `curves` are the warmed links, a new mapping whenever one has changed. A `lossy` request
         allows its stored blocks to be.
@@ -99,12 +116,27 @@ class Pools:
             decode=Pool(rows[:n_decode], hit_tokens[:n_decode], held, 0, lossy),
             links=curves,
             kv_bytes_per_token=self._kv_bytes_per_token,
-            columns=Columns(names, n_decode, loads, self._links, hit_tokens, tiers),
+            columns=Columns(
+                names, n_decode, loads, self._links, hit_tokens, tiers, self._displaces(beat)
+            ),
             blind=found is None,
             peers=self._peers,
             room_tokens=self._room_tokens,
             block_tokens=self._block_tokens,
         )
+
+    def _displaces(self, beat: Beat) -> Displaced | None:
+        """Made anew with each beat; curves that have changed since can wait for the next."""
+        if beat is not self._beat:
+            self._beat = beat
+            replicas = (self._members[name].replica for name in self._names)
+            free_tokens = [
+                (replica.kv_blocks - beat.blocks.get(replica.epoch, 0)) * replica.block_tokens
+                for replica in replicas
+            ]
+            told = self._rows, free_tokens, beat.regret, self._kv_bytes_per_token
+            self._displaced = Displaced.of(*told)
+        return self._displaced
 
     def _held(self, tiers: Mapping[str, Mapping[Tier, int]]) -> dict[int, dict[Tier, int]]:
         """Leading tokens that tiers hold, by the place of their replica."""
@@ -153,7 +185,7 @@ class Pools:
                 self._set(member)
 
     def _rebuild(self) -> None:
-        self._moved = False
+        self._moved, self._beat = False, None
         decode, prefill = self._pool(Role.DECODE), self._pool(Role.PREFILL)
         if not decode:  # those that finish up still answer, until their successors are known
             decode = self._pool(Role.DECODE, draining=True)

@@ -47,6 +47,7 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     overrun: float = 2.0
     retry_s: float | None = RETRY_S
     hysteresis: float = 0.05
+    displaced_price: float = 1.0
     explore: float = 0.0
     drain_s: float = 30.0
     request_timeout_s: float | None = None

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from kv.block import split_keys
 from kv.catalogue import Catalogue, Delta, Holder, Tier
+from kv.regret import Regret
 from router.catalogue.wire import Expect, Found, Taken
 from workers.messages import Blocks
 
@@ -66,6 +67,12 @@ class Holdings:
         self._expected: dict[str, Expectations] = {}
         # The tiers behind its paged KV that each replica has told of.
         self._tiers: dict[str, set[Tier]] = {}
+        self._regret, self._device_blocks = Regret(), 0
+
+    @property
+    def regret(self) -> float:
+        """How likely a block that is displaced from paged KV now will be asked for."""
+        return self._regret.chance
 
     def follow(self, epoch: str, blocks: Blocks) -> None:
         """A replica's snapshot, or its next change; of one of its tiers each."""
@@ -75,11 +82,17 @@ class Holdings:
             self._tiers.setdefault(epoch, set()).add(blocks.tier)
         holder = _holder(epoch, blocks.tier)
         stored, removed = tuple(split_keys(blocks.stored)), tuple(split_keys(blocks.removed))
+        before = self._catalogue.blocks(holder)
         self._catalogue.apply(Delta(holder, stored, removed))
+        if blocks.tier is Tier.DEVICE:
+            self._device_blocks += self._catalogue.blocks(holder) - before
+            if removed:
+                self._regret.evicted(removed, self._device_blocks)
 
     def forget(self, epoch: str) -> None:
         """A replica is gone, with all its blocks in every tier: what outlives it on disk is its
         successor's to tell of."""
+        self._device_blocks -= self.blocks(epoch)
         for tier in (Tier.DEVICE, *self._tiers.pop(epoch, ())):
             self._catalogue.forget(_holder(epoch, tier))
 
@@ -120,6 +133,10 @@ class Holdings:
             for epoch, more in expected.all_taken().items():
                 taken[epoch] = taken.get(epoch, Taken()).plus(more)
         return Found(depths, taken, _further(held, depths) if self._tiers else {})
+
+    def asked(self, keys: Sequence[bytes], found: Found) -> None:
+        """A prompt of these blocks was looked up, and this was the answer."""
+        self._regret.asked(keys, max(found.depths.values(), default=0))
 
 
 def _further(held: Mapping[Holder, int], depths: Mapping[str, int]) -> dict[str, dict[Tier, int]]:

@@ -68,4 +68,4 @@ class CatalogueNode:
             self._lags_s, self._window_at = (self._lags_s[1], 0.0), self._now()
         epochs = [member.replica.epoch for member in self.roster.members()]
         blocks = {epoch: self.holdings.blocks(epoch) for epoch in epochs}
-        return wire.Beat(os.getpid(), blocks, max(self._lags_s))
+        return wire.Beat(os.getpid(), blocks, max(self._lags_s), self.holdings.regret)

@@ -81,8 +81,10 @@ class CatalogueServer:
             case wire.Hello():
                 pass  # that it was heard is all
             case wire.Look(number=number, keys=keys):
-                found = self._holdings.look(identity.hex(), split_keys(keys))
+                split = split_keys(keys)
+                found = self._holdings.look(identity.hex(), split)
                 self._send(identity, wire.Answer(number, found))
+                self._holdings.asked(split, found)  # nobody waits for that
             case wire.Expect():
                 self._holdings.expect(identity.hex(), question)
             case wire.Met(name=name):

@@ -13,7 +13,7 @@ from router.limits import Limits, Standing
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a catalogue of another version is not asked.
-CATALOGUE_VERSION = 2
+CATALOGUE_VERSION = 3
 
 
 class Seat(msgspec.Struct, frozen=True):
@@ -130,12 +130,14 @@ Question = Hello | Look | Expect | Met | Enter | Held | Leave
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
-    """Sent four times a second: blocks that it knows of each replica, by epoch, and how old the
-    oldest change of the last quarter to half minute was when it took it in."""
+    """Sent four times a second: blocks that it knows of each replica, by epoch; how old the oldest
+    change of the last quarter to half minute was when it took it in; and how likely a block that is
+    displaced now will be asked for (`kv.regret`)."""
 
     pid: int = 0
     blocks: dict[str, int] = {}
     lag_s: float = 0.0
+    regret: float = 0.0
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):

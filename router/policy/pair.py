@@ -1,8 +1,9 @@
 """Which replicas serve a request, and whether its prompt is computed on P or on D.
 
-Costs are predicted seconds. Three are not the request's own: a prefill on a decode replica stalls
-every stream that runs there for as long as it takes, one more stream lengthens every step, and
-what is computed twice is paid for twice.
+Costs are predicted seconds. Four are not the request's own: a prefill on a decode replica stalls
+every stream that runs there for as long as it takes, one more stream lengthens every step, what is
+computed twice is paid for twice, and blocks that come push others out, some of which will be asked
+for again.
 
 All plans are priced at once: `local` on each decode replica, then `remote` on each pair, in one
 vector whose order is by shape, decode replica and prefill replica. Of equals the first is taken.
@@ -199,7 +200,7 @@ def _price(question: Question, slack: float = 0.0) -> _Prices:
     columns = snapshot.columns or Columns.of(snapshot.decode, snapshot.prefill, snapshot.links)
     prices = objective(question)
     told, columns = columns, prices.priced(columns)
-    names, n_decode, loads, links, hit_tokens, _ = columns
+    names, n_decode, loads, links, hit_tokens, *_ = columns
     hit_tokens = _usable(n, hit_tokens)
     lacked = n - hit_tokens
     lacked_bytes = lacked * snapshot.kv_bytes_per_token
@@ -213,6 +214,9 @@ def _price(question: Question, slack: float = 0.0) -> _Prices:
     compute_s = _compute_s(n, lacked, loads)
     weight *= compute_s
     spent_s = weight if taken is None else weight + taken.seconds
+    pushed_s = _pushed_s(question, columns, n - hit_tokens)
+    if pushed_s is not None:
+        spent_s = spent_s + pushed_s
     n_prefill = 0 if question.local_only else len(names) - n_decode
     cost_s = np.empty(n_decode * (1 + n_prefill))
     np.add(spent_s[:n_decode], loads[OWN_S, :n_decode], out=cost_s[:n_decode])
@@ -222,9 +226,18 @@ def _price(question: Question, slack: float = 0.0) -> _Prices:
         remote_s += links.latency_s
         remote_s += loads[ENTRY_S, :n_decode, None]
         remote_s += spent_s[n_decode:] + loads[QUEUE_S, n_decode:]
+        if pushed_s is not None:
+            remote_s += pushed_s[:n_decode, None]  # what P computes comes to D, too
     if taken is not None and question.yields:
         taken = taken._replace(seconds=taken.seconds / prices.transfer)
     return _Prices(told, cost_s, hit_tokens, compute_s, lacked_bytes, taken)
+
+
+def _pushed_s(question: Question, columns: Columns, new_tokens: Floats) -> Floats | None:
+    """What a prompt pushes out of each replica that it comes to; None where that costs nothing."""
+    if columns.displaced is None or not question.displaced_price:
+        return None
+    return question.displaced_price * columns.displaced.seconds(new_tokens)
 
 
 def _taken(

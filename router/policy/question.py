@@ -19,8 +19,9 @@ class Question:
     long as predicted is given up. A request that `yields` is planned by what it costs others
     rather than by when it is answered. Unless it `may_split` no head of it is computed elsewhere:
     its blocks may take nobody's place in the host tier that would lend the head. Plans whose costs
-    differ by a ratio of `hysteresis` are equally cheap. With `exploration` a plan that is not the
-    cheapest may be tried.
+    differ by a ratio of `hysteresis` are equally cheap. `displaced_price` is how many seconds of
+    waiting a second is worth that bringing back what a plan displaces will take. With `exploration`
+    a plan that is not the cheapest may be tried.
     """
 
     prompt_tokens: int
@@ -36,4 +37,5 @@ class Question:
     yields: bool = False
     may_split: bool = True
     hysteresis: float = 0.0
+    displaced_price: float = 1.0
     exploration: Exploration | None = None

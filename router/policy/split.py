@@ -28,6 +28,7 @@ from router.columns import (
     QUEUE_S,
     RUNNING,
     Columns,
+    Displaced,
     Floats,
     TierColumns,
 )
@@ -65,13 +66,17 @@ class Split(NamedTuple):
 
 class _Ends(NamedTuple):
     """Whom pairs are made of. `decode` and `prefill` are places; by place: the tokens that paged KV
-    and host tier hold, and the seconds to take the latter's out of there. By decode replica: how
-    many tokens it has room for."""
+    holds, and with the host tier, the seconds to take the latter's out of there, what the whole
+    prompt would displace, and what each token of it. By decode replica: how many tokens it has room
+    for."""
 
     decode: NDArray[np.intp]
     prefill: NDArray[np.intp]
+    hit_tokens: Floats
     has_tokens: Floats
     own_s: Floats
+    pushed_s: Floats
+    pushed_per_token_s: Floats
     room_tokens: Floats
 
     def with_more(self, tokens: Floats) -> "_Ends":
@@ -168,7 +173,8 @@ def _ends(question: Question, columns: Columns, tiers: TierColumns, decode: str 
     rooms = {place: snapshot.room_tokens.get(names[place], 0) for place in wanted}
     ds = [place for place, room in rooms.items() if room]
     ps = [place for place in lends if place >= n_decode]
-    has, own_s = np.minimum(columns.hit_tokens, question.prompt_tokens - 1), np.zeros(len(names))
+    hit = has = np.minimum(columns.hit_tokens, question.prompt_tokens - 1)
+    own_s = np.zeros(len(names))
     if Tier.HOST in tiers.order:
         host = tiers.order.index(Tier.HOST)
         more = np.maximum(np.minimum(tiers.tokens[host], question.prompt_tokens - 1) - has, 0.0)
@@ -176,7 +182,19 @@ def _ends(question: Question, columns: Columns, tiers: TierColumns, decode: str 
         own_s = np.where(more > 0.0, tiers.latency_s[host] + moving_s, 0.0)
         has = has + more
     room = np.array([float(rooms[place]) for place in ds])
-    return _Ends(np.array(ds, np.intp), np.array(ps, np.intp), has, own_s, room)
+    pushed = _pushed(question, columns.displaced, question.prompt_tokens - hit)
+    return _Ends(np.array(ds, np.intp), np.array(ps, np.intp), hit, has, own_s, *pushed, room)
+
+
+def _pushed(
+    question: Question, displaced: Displaced | None, new_tokens: Floats
+) -> tuple[Floats, Floats]:
+    """Seconds by place that the whole prompt displaces, and that each token of it does: none where
+    there is room for all, of a part as if there were no room at all."""
+    if displaced is None:
+        return np.zeros(len(new_tokens)), np.zeros(len(new_tokens))
+    pushed_s = question.displaced_price * displaced.seconds(new_tokens)
+    return pushed_s, np.where(pushed_s > 0.0, question.displaced_price * displaced.per_token_s, 0.0)
 
 
 def _cheapest(
@@ -220,7 +238,9 @@ def _priced(
     # Streams on D stall while it computes the rest.
     weight = 1.0 + price + np.maximum(of_d[RUNNING], question.assumed_streams)
     beside_s = weight * rest_s + of_d[OWN_S] - of_d[QUEUE_S]
+    beside_s += ends.pushed_s[ends.decode]
     cost_s = sides.cost(at) + beside_s[:, None] + price * _compute_s(of_p, 0.0, has_p)
+    cost_s -= ends.pushed_per_token_s[ends.prefill] * ends.hit_tokens[ends.prefill]
     cost_s[(low > high) | (reach - has_d > ends.room_tokens)[:, None]] = np.inf
     return _Priced(sides, at, cost_s, reach, rest_s)
 
@@ -241,7 +261,8 @@ def _sides(
         head_per_token2_s=loads[PER_TOKEN2_S, p],
         tail_s=tail_s[:, None] + tier_s * reach[:, None],
         tail_per_token_s=tier_s,
-        price_per_token_s=question.compute_price * loads[PER_TOKEN_S, p],
+        price_per_token_s=question.compute_price * loads[PER_TOKEN_S, p]
+        + ends.pushed_per_token_s[p],
         price_per_token2_s=question.compute_price * loads[PER_TOKEN2_S, p],
     )
 

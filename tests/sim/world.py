@@ -63,7 +63,12 @@ class SimLine:
 
     async def look(self, keys: bytes) -> Found | None:
         await asyncio.sleep(LINE_S)
-        return None if self.down else self._node.holdings.look(self._ingress, split_keys(keys))
+        if self.down:
+            return None
+        split = split_keys(keys)
+        found = self._node.holdings.look(self._ingress, split)
+        self._node.holdings.asked(split, found)
+        return found
 
     def expect(self, expect: Expect) -> None:
         if not self.down:

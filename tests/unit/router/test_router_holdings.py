@@ -25,6 +25,28 @@ def test_blocks_are_followed_by_epoch() -> None:
     assert (holdings.blocks("a/1"), holdings.blocks("a/2")) == (0, 1)
 
 
+def test_what_was_evicted_and_is_asked_for_is_regretted() -> None:
+    """Only what left the paged KV of whoever had it last, and not what left a tier behind."""
+
+    def regret(held_by_another: bool, tier: Tier = Tier.DEVICE) -> float:
+        holdings = Holdings()
+        holdings.follow("a", Blocks(0, stored=joined(*range(8)), snapshot=True))
+        holdings.follow("b", Blocks(0, stored=joined(*range(8)), snapshot=True))
+        keys = [bytes([2, number]) * 8 for number in range(200)]
+        others = b"".join(bytes([3, number]) * 8 for number in range(200))
+        holdings.follow("b", Blocks(1, stored=others))
+        for epoch in ("a", "b") if held_by_another else ("a",):
+            holdings.follow(epoch, Blocks(1, stored=b"".join(keys), tier=tier))
+        holdings.follow("a", Blocks(2, removed=b"".join(keys), tier=tier))
+        for start in range(0, 8):
+            holdings.asked(keys[start:], holdings.look("me", keys[start:]))
+        return holdings.regret
+
+    assert regret(held_by_another=False) > 0.5
+    assert regret(held_by_another=True) == 0.0
+    assert regret(held_by_another=False, tier=Tier.HOST) == 0.0
+
+
 def test_a_snapshot_replaces() -> None:
     """What it lacks is gone."""
     holdings = Holdings()

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
-from router.catalogue.wire import Found, Taken
+from router.catalogue.wire import Beat, Found, Taken
 from router.columns import Columns, Floats
 from router.member import Member
 from router.pools import NOTHING, Pools, view_of
@@ -258,3 +259,30 @@ def test_only_what_changed_is_made_anew() -> None:
     assert first.columns is not None
     assert second.columns is not None
     assert second.columns.links is first.columns.links
+
+
+def test_room_and_regret_are_the_catalogues_last_word() -> None:
+    """What a full replica displaces is in the columns from the beat that tells so, and gone with
+    the beat that no longer does."""
+    members: dict[str, Member] = {}
+    pools = Pools(members, lambda epoch: NOTHING)
+    for name in "ab":
+        replica = sim_replica(name, Role.DECODE, SimCosts())
+        members[name] = Member(
+            replica, lambda _: Nowhere(), lambda m, b: None, lambda: 0.0, on_change=pools.touch
+        )
+        members[name].receive(Welcome(replica))
+    a, b = (members[name].replica for name in "ab")
+    beat = Beat(1, {a.epoch: a.kv_blocks, b.epoch: 10}, regret=0.5)
+    columns = pools.snapshot(Found(), {}, beat=beat).columns
+    assert columns is not None
+    assert columns.displaced is not None
+    assert columns.displaced.free_tokens.tolist() == [0.0, (b.kv_blocks - 10) * b.block_tokens]
+    per_token_s = members["a"].speed.curve.per_token_s
+    assert columns.displaced.per_token_s.tolist() == pytest.approx([0.5 * per_token_s] * 2)
+    again = pools.snapshot(Found(), {}, beat=beat).columns
+    assert again is not None
+    assert again.displaced is columns.displaced
+    quiet = pools.snapshot(Found(), {}, beat=Beat(1, beat.blocks)).columns
+    assert quiet is not None
+    assert quiet.displaced is None
