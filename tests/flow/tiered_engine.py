@@ -350,9 +350,10 @@ class Bench:
         """From now on the disk's files are `full` or `unreadable`, or take `seconds` longer to be
         read and written (`slow`), until `mend_disk`."""
         from kv import disk_files
+        from kv.disk_read import Reader
 
         self._mended.clear()
-        self._files = (disk_files.read, disk_files.write)
+        self._files = (Reader.read, disk_files.write)
         error = OSError(28, "No space left on device") if fault == "full" else OSError(5, "I/O")
 
         def broken(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -365,14 +366,15 @@ class Bench:
             return access
 
         if fault != "full":
-            disk_files.read = broken(disk_files.read)
+            Reader.read = broken(Reader.read)  # type: ignore[method-assign]
         if fault != "unreadable":
             disk_files.write = broken(disk_files.write)
 
     def mend_disk(self) -> None:
         from kv import disk_files
+        from kv.disk_read import Reader
 
-        disk_files.read, disk_files.write = self._files
+        Reader.read, disk_files.write = self._files  # type: ignore[method-assign]
         self._mended.set()
         self.settle()
 
