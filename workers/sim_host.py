@@ -14,6 +14,7 @@ class SimHost:
         self._tags: dict[bytes, str] = {}  # the next to go first
         self._spare: dict[bytes, None] = {}  # those that only requests which yield have used
         self._told: set[bytes] = set()
+        self._changed = False
 
     def __len__(self) -> int:
         return len(self._tags)
@@ -21,6 +22,7 @@ class SimHost:
     def put(self, keys: Sequence[bytes], tag: str, yields: bool = False) -> None:
         """A prompt's blocks. Its first become the youngest, as in vLLM; if it `yields`, as many as
         displace none that stays."""
+        self._changed = True
         if yields:
             self._put_spare(keys, tag)
             return
@@ -56,16 +58,21 @@ class SimHost:
 
     def erase(self, tags: Sequence[str]) -> None:
         """Forget the blocks of these tags."""
+        self._changed = True
         self._tags = {key: tag for key, tag in self._tags.items() if tag not in tags}
         self._spare = {key: None for key in self._spare if key in self._tags}
 
     def clear(self) -> None:
         """Forget every block."""
+        self._changed = True
         self._tags.clear()
         self._spare.clear()
 
     def take(self) -> Change:
         """The net change since the last call."""
+        if not self._changed:
+            return Change(tier=Tier.HOST)
+        self._changed = False
         stored = [key for key in self._tags if key not in self._told]
         removed = self._told - self._tags.keys()
         self._told = set(self._tags)

@@ -225,8 +225,10 @@ async def world(
     shadows: Mapping[Policy, Choose] = CHOOSE,
     log: Log | None = None,
     bounds: BatchBounds = BOUNDS,
+    **shape: object,
 ) -> AsyncIterator[World]:
-    """A warmed world; when the block ends, no task that it started is left."""
+    """A warmed world of replicas of this shape; when the block ends, no task that it started is
+    left."""
     before = asyncio.all_tasks()
     async with asyncio.timeout(LIMIT_S), SimCluster() as cluster:
         directory = SimDirectory()
@@ -240,7 +242,7 @@ async def world(
         made = _world(*over, "ingress", prefill > 0, limit, costs, order, shadows, bounds, log)
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
             for index in range(count):
-                made.start(f"{role}-{index}", role, kv_blocks=kv_blocks)
+                made.start(f"{role}-{index}", role, kv_blocks=kv_blocks, **shape)
         following = asyncio.create_task(node.watch())
         try:
             async with made.watching():
