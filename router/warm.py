@@ -114,8 +114,9 @@ class Pairs:
 
     async def _introduce(self, prefill: Member, decode: Member) -> None:
         try:
-            async with asyncio.timeout(_TIMEOUT_S):
-                async with self._locks[prefill.name], self._locks[decode.name]:
+            # Others come first: their time is not this pair's.
+            async with self._locks[prefill.name], self._locks[decode.name]:
+                async with asyncio.timeout(_TIMEOUT_S):
                     curve = await self._measure(prefill, decode)
         except (WorkerError, KVError, TimeoutError) as error:
             logger.warning("%s and %s not warmed: %s", prefill.name, decode.name, error)

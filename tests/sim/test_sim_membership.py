@@ -2,14 +2,16 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
+from kv.curve import PrefillCurve
 from router.errors import NoReplicaError
 from router.metrics import FleetMetrics
-from tests.sim.world import World, answer, request, world
+from tests.sim.world import COSTS, World, answer, request, world
 from workers.messages import Role
 
 pytestmark = pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
@@ -113,3 +115,15 @@ def _not_less(collector: FleetMetrics, before: float) -> float:
     now = sum(s.value for s in samples if s.name == "breakeven_prompt_tokens_total")
     assert now >= before
     return now
+
+
+async def test_a_pair_that_waits_for_its_turn_is_not_given_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Replicas are introduced one after the other. Who comes last waits for longer than an
+    introduction may take, and that is no fault of theirs."""
+    slow = replace(COSTS, prefill=PrefillCurve(1.5, 0.0, 0.0))
+    async with world(prefill=1, decode=10, costs=slow) as here:
+        assert here.now() > 60.0
+        assert len(here.fleet.pairs.links) == 10
+        assert "not warmed" not in caplog.text
