@@ -6,73 +6,31 @@ whose KV it used, so that a wrong handoff, a lost token and a doubled one all sh
 """
 
 import asyncio
+from bisect import bisect_right
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from xxhash import xxh3_64_intdigest
 
 from kv.catalogue import Tier
-from kv.curve import LinkCurve, PrefillCurve
+from kv.curve import LinkCurve
 from workers import messages as wire
-from workers.messages import Delta, Handoff, Load, Replica, Role, TierLoad
+from workers.messages import Delta, Handoff, Load, Replica, TierLoad
 from workers.mirror import Change
+from workers.sim_costs import SimCosts, sim_answer, sim_body, sim_replica
+from workers.sim_fetch import Fetch, Lent
 from workers.sim_link import SimLink
-from workers.sim_steps import Run, Steps, sim_token
+from workers.sim_run import Run
+from workers.sim_steps import Steps
+from workers.sim_vault import Shelf, SimVault
+
+__all__ = ["SimCluster", "SimCosts", "SimEngine", "sim_answer", "sim_body", "sim_replica"]
 
 # As the real server's.
 SILENCE_S = 10.0
 _BEAT_S = 0.25
 _LOAD_EVERY_S = 1.0
-# Any fit through these points gives the curve back.
-_SAMPLED = ((32, 0), (512, 0), (2048, 0), (512, 2048))
-PREFILL = PrefillCurve(0.02, 0.0005, 1e-8)
-LINK = LinkCurve(0.005, 1e-9)
-HOST = LinkCurve(0.005, 5e-10)
-
-
-@dataclass(frozen=True, slots=True)
-class SimCosts:
-    """How long things take on one simulated engine; `link` is what reading a handoff costs, `host`
-    what fetching from its host tier of `host_blocks` costs. Prompts that give way are computed by
-    `chunk_tokens`."""
-
-    prefill: PrefillCurve = PREFILL
-    link: LinkCurve = LINK
-    step_s: float = 0.02
-    lease_s: float = 30.0
-    host: LinkCurve = HOST
-    host_blocks: int = 0
-    chunk_tokens: int = 512
-
-
-def sim_body(max_tokens: int, salt: str = "") -> bytes:
-    """What to ask of a simulated engine: an answer of so many tokens, and a salt if any."""
-    return f"{max_tokens} {salt}".strip().encode()
-
-
-def sim_answer(tokens: bytes, n_tokens: int) -> list[int]:
-    """The only right answer to a prompt of packed tokens."""
-    digest = xxh3_64_intdigest(tokens)
-    return [sim_token(digest, position) for position in range(n_tokens)]
-
-
-def sim_replica(name: str, role: Role, costs: SimCosts, **shape: Any) -> Replica:
-    """How a simulated engine announces itself; `shape` replaces fields of `Replica`."""
-    fields: dict[str, Any] = {
-        "epoch": f"{name}/1",
-        "address": f"sim://{name}",
-        "node": "sim",
-        "pid": 0,
-        "model": "sim",
-        "block_tokens": 16,
-        "kv_bytes_per_token": 46_080,
-        "kv_blocks": 4096,
-        "max_num_seqs": 64,
-        "prefill_samples": tuple((*at, costs.prefill.seconds(*at)) for at in _SAMPLED),
-        "step_s": costs.step_s,
-    }
-    return Replica(name=name, role=role, **{**fields, **shape})
 
 
 class SimCluster:
@@ -80,6 +38,7 @@ class SimCluster:
 
     def __init__(self) -> None:
         self.engines: dict[str, SimEngine] = {}
+        self.vault = SimVault()
         self._tasks = asyncio.TaskGroup()
 
     async def __aenter__(self) -> "SimCluster":
@@ -97,6 +56,15 @@ class SimCluster:
         engine.tasks = [self._tasks.create_task(work) for work in (engine.step(), engine.beat())]
         self.engines[replica.name] = engine
         return engine
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Something that an engine does beside its steps."""
+        return self._tasks.create_task(work)
+
+    def lender(self, address: str) -> "SimEngine | None":
+        """Who lends at this address."""
+        engines = self.engines.values()
+        return next((each for each in engines if each.replica.peer_address == address), None)
 
     def settle(self, handoff: Handoff) -> int | None:
         """End the lease behind a handoff; the digest of its prompt, None if there is no lease."""
@@ -125,6 +93,8 @@ class SimEngine:
         self.tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
         self._steps = self._new_steps()
+        self._computing: tuple[Run, float] | None = None
+        self._fetches: dict[str, asyncio.Task[None]] = {}
         self._arrived: list[Run] = []
         self._peers: dict[SimLink, _Peer] = {}
         self._news, self._awake = asyncio.Event(), asyncio.Event()
@@ -172,8 +142,14 @@ class SimEngine:
 
     def stop(self) -> None:
         """End its tasks."""
-        for task in self.tasks:
+        for task in (*self.tasks, *self._fetches.values()):
             task.cancel()
+
+    def _new_steps(self) -> Steps:
+        costs, cluster = self._costs, self._cluster
+        shelf = None if costs.vault is None else Shelf(cluster.vault)
+        sizes = costs.host_blocks, costs.chunk_tokens
+        return Steps(self.replica, costs.lease_s, cluster.settle, *sizes, shelf)
 
     # ------------------------------------------------------------------ what tests look at
 
@@ -182,12 +158,33 @@ class SimEngine:
         return self._steps.pages.snapshot()
 
     def load(self) -> Load:
-        """How busy it is, and what its host tier holds."""
-        load, costs = self._steps.load(), self._costs
-        if not costs.host_blocks:
-            return load
-        host = TierLoad(len(self._steps.host), 0, costs.host.latency_s, costs.host.per_byte_s)
-        return msgspec.structs.replace(load, tiers={Tier.HOST: host})
+        """How busy it is, and what its tiers hold."""
+        steps, costs, tiers = self._steps, self._costs, {}
+        if costs.host_blocks:
+            tiers[Tier.HOST] = _told(len(steps.host), costs.host)
+        if costs.vault is not None and steps.shelf is not None:
+            tiers[Tier.VAULT] = _told(len(steps.shelf), costs.vault)
+        return msgspec.structs.replace(steps.load(), tiers=tiers)
+
+    def lent(self, work: str, keys: Sequence[bytes]) -> Lent | None:
+        """What a peer that asks for blocks is told, as they are computed for the request `work`."""
+        if self._crashed or not self._awake.is_set():
+            return None
+        if self._computing is not None:
+            run, began_s = self._computing
+            self._steps.computed(run, self._blocks_done(run, self._loop.time() - began_s))
+        return self._steps.lent(work, keys)
+
+    def _blocks_done(self, run: Run, seconds: float) -> int:
+        """Leading blocks of a prompt that are there so long after computing a chunk of it began."""
+        had, prefill = run.had_tokens, self._costs.prefill
+        block_tokens = self.replica.block_tokens
+        most = (had + self._steps.chunk(run)) // block_tokens
+
+        def until(blocks: int) -> float:
+            return prefill.seconds(max(0, blocks * block_tokens - had), had)
+
+        return bisect_right(range(1, most + 1), seconds, key=until)
 
     def check_integrity(self) -> None:
         """Raise unless requests and leases hold exactly the pages that are held."""
@@ -240,6 +237,10 @@ class SimEngine:
             peer.sequence += 1
             stored = self._steps.host.snapshot()
             peer.link.tell(wire.Blocks(peer.sequence, stored, tier=Tier.HOST))
+        if self._steps.shelf is not None:
+            peer.sequence += 1
+            stored = self._steps.shelf.snapshot()
+            peer.link.tell(wire.Blocks(peer.sequence, stored, tier=Tier.VAULT))
 
     def _submit(self, submit: wire.Submit, peer: _Peer) -> None:
         refused, self._refusals = self._refusals > 0, max(0, self._refusals - 1)
@@ -253,6 +254,9 @@ class SimEngine:
     def _abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             self._steps.abort(request_id)
+            fetch = self._fetches.pop(request_id, None)
+            if fetch is not None:
+                fetch.cancel()
         self._news.set()
 
     def end_lease(self, request_id: str) -> int | None:
@@ -271,8 +275,11 @@ class SimEngine:
                 self._news.clear()
                 await self._news.wait()
                 continue
+            if computes is not None:
+                self._computing = computes, self._loop.time() + self._host_s(computes)
             await asyncio.sleep(self._step_s(computes))
             await self._awake.wait()
+            self._computing = None
             self._report(self._steps.finish(computes, self._loop.time()))
 
     def _begin_step(self) -> Run | None:
@@ -283,26 +290,43 @@ class SimEngine:
         if computes is not None:
             computes.loading_s += self._host_s(computes)
         for run in loading:
+            if run.sought is not None:
+                self._fetches[run.submit.request_id] = self._cluster.spawn(self._fetch(run))
+                continue
             moved_bytes = (run.prompt_tokens - run.hit_tokens) * self.replica.kv_bytes_per_token
             self._loop.call_later(self._costs.link.seconds(moved_bytes), self._arrive, run)
         return computes
 
-    def _new_steps(self) -> Steps:
-        costs = self._costs
-        settle, sizes = self._cluster.settle, (costs.host_blocks, costs.chunk_tokens)
-        return Steps(self.replica, costs.lease_s, settle, *sizes)
-
     def _step_s(self, computes: Run | None) -> float:
         if computes is None:
             return self._costs.step_s
-        held_tokens = computes.hit_tokens + computes.host_tokens + computes.done_tokens
-        compute_s = self._costs.prefill.seconds(self._steps.chunk(computes), held_tokens)
+        compute_s = self._costs.prefill.seconds(self._steps.chunk(computes), computes.had_tokens)
         return self._host_s(computes) + compute_s
 
     def _host_s(self, run: Run) -> float:
         """What it takes from the host tier takes so long, before the first of its chunks."""
-        n_bytes = 0 if run.done_tokens else run.host_tokens * self.replica.kv_bytes_per_token
+        n_tokens = 0 if run.done_tokens else run.host_tokens - run.behind.total()
+        n_bytes = n_tokens * self.replica.kv_bytes_per_token
         return self._costs.host.seconds(n_bytes) if n_bytes else 0.0
+
+    async def _fetch(self, run: Run) -> None:
+        """What a request waits for comes, or will not."""
+        costs, replica = self._costs, self.replica
+        assert run.sought is not None
+        fetch = Fetch(
+            run.sought,
+            costs.peer,
+            costs.vault or LinkCurve(0.0, 0.0),
+            replica.block_tokens * replica.kv_bytes_per_token,
+            costs.answer_s,
+            self._cluster.lender,
+            self._cluster.vault,
+            self._awake,
+        )
+        brought = await fetch.run()
+        del self._fetches[run.submit.request_id]
+        self._steps.fetched(run, brought, self._loop.time())
+        self._news.set()
 
     def _arrive(self, run: Run) -> None:
         source = self._cluster.engines.get((run.handoff or {}).get("remote_engine_id", ""))
@@ -333,7 +357,9 @@ class SimEngine:
             if own:
                 peer.link.tell(wire.Step(own))
                 peer.requests.difference_update(d.request_id for d in own if d.finish_reason)
-        for change in (self._steps.pages.take(), self._steps.host.take()):
+        shelf = self._steps.shelf
+        changes = [self._steps.pages.take(), self._steps.host.take()]
+        for change in changes if shelf is None else (*changes, shelf.take()):
             if change.stored or change.removed:
                 self._tell_blocks(change)
 
@@ -350,3 +376,7 @@ class SimEngine:
             self._load_sent = (load, now_s)
             for peer in self._peers.values():
                 peer.link.tell(load)
+
+
+def _told(blocks: int, curve: LinkCurve) -> TierLoad:
+    return TierLoad(blocks, 0, curve.latency_s, curve.per_byte_s)

@@ -1,6 +1,6 @@
 """The host tier of a simulated engine: a copy of each block, and the oldest go first."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from kv.catalogue import Tier
 from workers.mirror import Change
@@ -18,6 +18,18 @@ class SimHost:
 
     def __len__(self) -> int:
         return len(self._tags)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tags
+
+    def room(self, yields: bool) -> int | None:
+        """Blocks of one prompt that it takes in from elsewhere; those of one that `yields` displace
+        none that stays. None if they pass by it."""
+        if not self._total:
+            return None
+        most = max(1, self._total // 2)
+        spare = self._total - len(self._tags) + len(self._spare)
+        return min(most, spare) if yields else most
 
     def put(self, keys: Sequence[bytes], tag: str, yields: bool = False) -> None:
         """A prompt's blocks. Its first become the youngest, as in vLLM; if it `yields`, as many as
@@ -51,10 +63,12 @@ class SimHost:
         self._spare.pop(key, None)
         del self._tags[key]
 
-    def reach(self, keys: Sequence[bytes], depth: int) -> int:
-        """How many of the leading `keys` are here, or among the first `depth`."""
+    def reach(self, keys: Sequence[bytes], depth: int, brought: Container[bytes] = ()) -> int:
+        """How many of the leading `keys` are here, or were brought, or are among the first
+        `depth`."""
         behind = range(depth, len(keys))
-        return next((at for at in behind if keys[at] not in self._tags), len(keys))
+        lacking = (at for at in behind if keys[at] not in self._tags and keys[at] not in brought)
+        return next(lacking, len(keys))
 
     def erase(self, tags: Sequence[str]) -> None:
         """Forget the blocks of these tags."""

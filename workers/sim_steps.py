@@ -6,12 +6,13 @@ that gives way is computed in chunks, between which urgent ones go first.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from xxhash import xxh3_64_intdigest
 
 from kv.block import TOKEN_BYTES, chain, root_key
+from kv.catalogue import Tier
 from kv.salt import tag_of
 from workers.messages import (
     FORGOTTEN,
@@ -26,58 +27,11 @@ from workers.messages import (
     Totals,
     Yielding,
 )
+from workers.sim_fetch import Lent, Sought, sought
 from workers.sim_host import SimHost
 from workers.sim_pages import Grant, Pages
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """One request on one engine. `digest` is of the prompt whose KV it uses; a `concealed` one
-    runs on KV from before its tenant was forgotten, and names no blocks. The engine had computed
-    `before_tokens` of all prompts when it took this one up. It `yields` until `patient_until_s`; of
-    its prompt `done_tokens` are computed."""
-
-    submit: Submit
-    max_tokens: int
-    keys: list[bytes]
-    digest: int
-    handoff: Handoff | None
-    tag: str
-    arrived_s: float
-    begun_s: float | None = None
-    loading_s: float = 0.0
-    before_tokens: int = 0
-    grant: Grant = field(default_factory=Grant)
-    hit_tokens: int = 0
-    received_tokens: int = 0
-    host_tokens: int = 0
-    produced: int = 0
-    aborted: bool = False
-    concealed: bool = False
-    yields: bool = False
-    patient_until_s: float = 0.0
-    done_tokens: int = 0
-
-    @property
-    def spare(self) -> bool:
-        """Whether its blocks are the first to go."""
-        return self.submit.keep is not None and self.submit.keep.yields
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.submit.tokens + self.submit.answered) // TOKEN_BYTES
-
-    @property
-    def answered_tokens(self) -> int:
-        """Tokens of the answer that another engine gave."""
-        return len(self.submit.answered) // TOKEN_BYTES
-
-    @property
-    def pending_tokens(self) -> int:
-        """Prompt tokens that this engine has still to compute."""
-        computes = not self.produced and self.handoff is None
-        had = self.hit_tokens + self.host_tokens + self.done_tokens
-        return self.prompt_tokens - had if computes else 0
+from workers.sim_run import Run, sim_token
+from workers.sim_vault import Shelf
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +54,9 @@ class Steps:
         settle: Callable[[Handoff], int | None],
         host_blocks: int = 0,
         chunk_tokens: int = 512,
+        shelf: Shelf | None = None,
     ) -> None:
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens, self.shelf = chunk_tokens, shelf
         self._replica, self._lease_s, self._settle = replica, lease_s, settle
         self.pages, self.host = Pages(replica.kv_blocks), SimHost(host_blocks)
         self.runs: dict[str, Run] = {}
@@ -111,6 +66,7 @@ class Steps:
         self._totals: Counter[str] = Counter()
         self._prompt_tokens = 0
         self._forgotten: dict[str, float] = {}
+        self._over: set[str] = set()
 
     def add(self, submit: Submit, now_s: float) -> bool:
         """Queue a request; False if its pages could never fit."""
@@ -128,6 +84,11 @@ class Steps:
             run.yields, run.patient_until_s = True, now_s + submit.patience_s
         if self._pages_of(run) > self.pages.total:
             return False
+        usable, reach_tokens = self._usable(run), 0
+        if submit.hints is not None and submit.hints.reach_tokens is not None:
+            reach_tokens = min(submit.hints.reach_tokens, run.prompt_tokens - 1)
+        depth = self.pages.depth(keys[:usable])
+        run.hoped_tokens = max(depth * self._replica.block_tokens, reach_tokens)
         self.runs[submit.request_id] = run
         self._waiting.append(run)
         return True
@@ -146,6 +107,8 @@ class Steps:
         elif run in self.streams:
             self.streams.remove(run)
             self._end(run)
+        elif run.sought is not None:
+            self._end(run)
 
     def erase(self, tags: tuple[str, ...], now_s: float) -> tuple[int, int]:
         """What `workers.erasure` does: how many blocks were erased, and how many are in use."""
@@ -153,6 +116,8 @@ class Steps:
         for run in self.runs.values():
             run.concealed = run.concealed or run.tag in tags
         self.host.erase(tags)
+        if self.shelf is not None:
+            self.shelf.erase(tags)
         return self.pages.erase(tags, self._grants())
 
     def admit(self, now_s: float) -> tuple[Run | None, list[Run]]:
@@ -163,14 +128,15 @@ class Steps:
         loading: list[Run] = []
         while self._waiting and len(self.streams) < self._replica.max_num_seqs:
             run = next((run for run in self._waiting if not run.yields), self._waiting[0])
-            if not self._reserve(run):
+            run.sought = self._sought(run, now_s)
+            if run.sought is None and not self._reserve(run):
                 if run.yields or not self._take_pages():
                     break
                 continue
             self._waiting.remove(run)
             if run.begun_s is None:
                 run.begun_s, run.before_tokens = now_s, self._prompt_tokens
-            if run.handoff is None:
+            if run.handoff is None and run.sought is None:
                 return run, loading
             loading.append(run)
         return None, loading
@@ -205,6 +171,26 @@ class Steps:
             run.digest, run.received_tokens = digest, run.prompt_tokens - run.hit_tokens
             self._publish(run)
             self.streams.append(run)
+
+    def fetched(self, run: Run, brought: dict[bytes, Tier], now_s: float) -> None:
+        """What it sought is in, as far as it will be: the rest is to compute."""
+        run.sought, run.brought = None, brought
+        run.loading_s = now_s - (now_s if run.begun_s is None else run.begun_s)
+        self._waiting.appendleft(run)
+
+    def computed(self, run: Run, blocks: int) -> None:
+        """So many leading blocks of its prompt are copied to the host tier, before it is done."""
+        had = (run.hit_tokens + run.host_tokens) // self._replica.block_tokens
+        if not run.concealed:
+            self.host.put(run.keys[had:blocks], run.tag, run.spare)
+
+    def lent(self, work: str, keys: Sequence[bytes]) -> Lent:
+        """What a peer that asks for these blocks is told."""
+        run = self.runs.get(work)
+        if run is not None:  # it may wait for its next chunk
+            self.computed(run, run.had_tokens // self._replica.block_tokens)
+        here = tuple(key for key in keys if key in self.host)
+        return Lent(here, not work or work in self._over)
 
     def finish(self, computed: Run | None, now_s: float) -> list[Delta]:
         """The end of a step: a token for every stream, and for what was just computed."""
@@ -268,12 +254,29 @@ class Steps:
         if not run.concealed:
             self.pages.publish(run.grant, run.keys, run.tag, run.spare)
             self.host.put(run.keys, run.tag, run.spare)
+            if self.shelf is not None and not run.spare:
+                self.shelf.put(run.keys, run.tag)
+
+    def _sought(self, run: Run, now_s: float) -> Sought | None:
+        """What it is to wait for before it has pages; that is looked for once. Nobody lends what
+        was forgotten here of late: a peer may hear of that later."""
+        if run.looked or run.submit.handoff is not None:
+            return None
+        run.looked = True
+        keys = run.keys[: self._reach(run, self._usable(run))]
+        depth = self.pages.depth(keys)
+        lacks = [(at, keys[at]) for at in range(depth, len(keys)) if keys[at] not in self.host]
+        lacks = lacks[: self.host.room(run.spare)]
+        vault = () if self.shelf is None else self.shelf.vault
+        work, hints = run.submit.request_id, run.submit.hints
+        if hints is not None and now_s < self._forgotten.get(run.tag, 0.0):
+            hints = replace(hints, peer=None)
+        return sought(hints, work, lacks, vault, self._replica.block_tokens)
 
     def _reserve(self, run: Run) -> bool:
         if run.grant.private:
             return True  # it computed a chunk before
-        # The last token is always computed, as in vLLM, since it gives the logits.
-        usable = (run.prompt_tokens - 1) // self._replica.block_tokens
+        usable = self._usable(run)
         depth = self.pages.depth(run.keys[:usable])
         grant = self.pages.grant(run.keys[:depth], self._pages_of(run) - depth, run.spare)
         if grant is None:
@@ -284,12 +287,25 @@ class Steps:
 
     def _fetched(self, run: Run, depth: int, usable: int) -> int:
         """Blocks behind the device hit that come from the host tier, if the plan lets them."""
-        hints, reach = run.submit.hints, usable
         if run.handoff is not None:
             return 0
-        if hints is not None and hints.reach_tokens is not None:
-            reach = min(usable, hints.reach_tokens // self._replica.block_tokens)
-        return max(0, self.host.reach(run.keys[:reach], depth) - depth)
+        keys, brought = run.keys[: self._reach(run, usable)], run.brought
+        taken = keys[depth : self.host.reach(keys, depth, brought)]
+        tiers = Counter(brought[key] for key in taken if key in brought)
+        block_tokens = self._replica.block_tokens
+        run.behind = Counter({tier: n * block_tokens for tier, n in tiers.items()})
+        return len(taken)
+
+    def _usable(self, run: Run) -> int:
+        """The last token is always computed, as in vLLM, since it gives the logits."""
+        return (run.prompt_tokens - 1) // self._replica.block_tokens
+
+    def _reach(self, run: Run, usable: int) -> int:
+        """Leading blocks that the plan lets it take from tiers, or has it find."""
+        hints = run.submit.hints
+        if hints is None or hints.reach_tokens is None:
+            return usable
+        return min(usable, hints.reach_tokens // self._replica.block_tokens)
 
     def _pages_of(self, run: Run) -> int:
         return -(-(run.prompt_tokens + run.max_tokens) // self._replica.block_tokens)
@@ -325,12 +341,21 @@ class Steps:
         self._totals["prompt_tokens_computed"] += computed
         self._totals["prompt_tokens_device"] += device
         self._totals["prompt_tokens_received"] += received
-        self._totals["prompt_tokens_host"] += run.host_tokens
-        return Sources(run.prompt_tokens, computed, device, received, run.host_tokens)
+        host, peer, vault = self._by_tier(run)
+        return Sources(run.prompt_tokens, computed, device, received, host, 0, peer, vault)
+
+    def _by_tier(self, run: Run) -> tuple[int, int, int]:
+        """Tokens from the host tier itself, from a peer and from the vault."""
+        peer, vault = run.behind[Tier.PEER], run.behind[Tier.VAULT]
+        host = run.host_tokens - peer - vault
+        self._totals["prompt_tokens_host"] += host
+        self._totals["prompt_tokens_peer"] += peer
+        self._totals["prompt_tokens_vault"] += vault
+        return host, peer, vault
 
     def _spent(self, run: Run, sources: Sources, now_s: float) -> Spent:
         begun_s = now_s if run.begun_s is None else run.begun_s
-        loaded_tokens = sources.received_tokens + sources.host_tokens
+        loaded_tokens = sources.received_tokens + run.host_tokens
         return Spent(
             queued_s=begun_s - run.arrived_s,
             loading_s=run.loading_s,
@@ -341,9 +366,5 @@ class Steps:
 
     def _end(self, run: Run) -> None:
         self.pages.release(run.grant)
+        self._over.add(run.submit.request_id)
         del self.runs[run.submit.request_id]
-
-
-def sim_token(digest: int, position: int) -> int:
-    """The token at a position of the answer to the prompt of this digest."""
-    return xxh3_64_intdigest(digest.to_bytes(8, "little") + position.to_bytes(4, "little")) >> 33

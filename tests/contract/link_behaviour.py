@@ -12,6 +12,7 @@ import msgspec
 
 from kv.block import TOKEN_BYTES, split_keys
 from kv.catalogue import Tier
+from kv.plan import Hints
 from kv.salt import UNTAGGED
 from workers.messages import (
     Abort,
@@ -51,6 +52,7 @@ class Stage:
     prompt: Callable[[int], bytes]
     body: Callable[[int], bytes]
     salted: Callable[[int, str], bytes]
+    block_tokens: int = 16
     patience_s: float = 20.0
 
 
@@ -465,6 +467,127 @@ async def what_is_patient_gives_way(stage: Stage) -> None:
     await _close(*sides)
 
 
+# ------------------------------------------------------------------ replicas that lend
+
+
+# Tenants of whom nothing is forgotten, unless a behaviour says so.
+_LENT, _LENT_NO_MORE = "dd.44", "ee.55"
+
+
+def _head_and_all(
+    stage: Stage,
+    name: str,
+    which: int,
+    address: str,
+    head_deadline_s: float = 30.0,
+    salt: str = _LENT,
+) -> tuple[Submit, Submit]:
+    """The two parts of a split of a prompt that no tier has: all but its last block is looked for,
+    the first half of it computed by the replica at `address`."""
+    tokens = stage.prompt(which)
+    n_tokens = len(tokens) // TOKEN_BYTES
+    half = n_tokens // 2 // stage.block_tokens * stage.block_tokens
+    hints = Hints(n_tokens - 1, (), head_deadline_s + 5.0, address, half, head_deadline_s)
+    head = tokens[: half * TOKEN_BYTES]
+    body = stage.salted(6, salt)
+    return (
+        Submit(name, Role.PREFILL, head, body, hints=Hints(), lends=True),
+        Submit(name, Role.DECODE, tokens, body, hints=hints),
+    )
+
+
+def _by_source(deltas: list[Delta]) -> dict[str, int]:
+    sources = deltas[0].sources
+    assert sources is not None
+    return sources.by_source()
+
+
+async def a_split_is_one_answer_of_two_replicas(stage: Stage) -> None:
+    """P's head comes as it is computed, with nothing handed off; D computes what nobody has. The
+    tokens are those that D gives from its own cache, and all bytes that came are counted."""
+    prefill, decode = await _sides(stage)
+    head, whole = _head_and_all(stage, "x0", 14, prefill.replica.peer_address)
+    decode.link.send(whole)
+    computed = _by_source(await prefill.run(head))
+    await decode.until(lambda: decode.heard.finished("x0"), "x0")
+    deltas = decode.heard.deltas("x0")
+    half = len(head.tokens) // TOKEN_BYTES
+    assert computed == {"computed": half}
+    left = len(whole.tokens) // TOKEN_BYTES - half
+    assert _by_source(deltas) == {"peer": half, "computed": left}
+    spent = deltas[0].spent
+    assert spent is not None
+    assert spent.loaded_bytes == half * decode.replica.kv_bytes_per_token
+    assert spent.loading_s > 0.0
+    assert prefill.heard.deltas("x0")[-1].handoff is None
+    again = await decode.run(Submit("x1", Role.DECODE, whole.tokens, whole.body))
+    assert _by_source(again).keys() == {"device", "computed"}
+    assert decode.heard.tokens("x0") == decode.heard.tokens("x1")
+    await _close(prefill, decode)
+
+
+async def a_head_that_was_stopped_is_not_waited_for(stage: Stage) -> None:
+    """What P had not computed by then D computes, long before the head's deadline."""
+    prefill, decode = await _sides(stage)
+    head, whole = _head_and_all(stage, "y0", 15, prefill.replica.peer_address, 300.0)
+    prefill.link.send(head)
+    prefill.link.send(Abort(["y0"]))
+    sources = _by_source(await decode.run(whole))
+    assert sources.keys() <= {"peer", "computed"}
+    assert sum(sources.values()) == len(whole.tokens) // TOKEN_BYTES
+    await _close(prefill, decode)
+
+
+async def a_head_that_nobody_computes_is_given_up_in_time(stage: Stage) -> None:
+    """P was never asked: D computes all once the head's deadline is over."""
+    prefill, decode = await _sides(stage)
+    _, whole = _head_and_all(stage, "z0", 16, prefill.replica.peer_address, 1.0)
+    began = asyncio.get_running_loop().time()
+    sources = _by_source(await decode.run(whole))
+    assert asyncio.get_running_loop().time() - began >= 1.0
+    assert sources == {"computed": len(whole.tokens) // TOKEN_BYTES}
+    await _close(prefill, decode)
+
+
+async def a_split_that_is_aborted_frees_both(stage: Stage) -> None:
+    """While D waits for a head it counts as busy with the rest alone, and holds nothing that an
+    abort leaves."""
+    prefill, decode = await _sides(stage)
+    _, whole = _head_and_all(stage, "q0", 17, prefill.replica.peer_address, 300.0)
+    decode.link.send(whole)
+    await decode.load(lambda load: load.waiting == 1, "a request that waits")
+    assert decode.heard.load.pending_prefill_tokens <= stage.block_tokens
+    decode.link.send(Abort(["q0"]))
+    await decode.load(_idle, "an idle replica")
+    assert not decode.heard.tokens("q0")
+    await _close(prefill, decode)
+
+
+async def a_prefix_is_lent(stage: Stage) -> None:
+    """What another replica has computed before comes from there, where a plan names it."""
+    prefill, decode = await _sides(stage)
+    tokens, body = stage.prompt(18), stage.salted(6, _LENT)
+    n_tokens = len(tokens) // TOKEN_BYTES
+    await prefill.run(Submit("v0", Role.PREFILL, tokens, body, lends=True))
+    hints = Hints(n_tokens - 1, (Tier.PEER,), 10.0, prefill.replica.peer_address)
+    sources = _by_source(await decode.run(Submit("v1", Role.DECODE, tokens, body, hints=hints)))
+    whole = (n_tokens - 1) // stage.block_tokens * stage.block_tokens
+    assert sources == {"peer": whole, "computed": n_tokens - whole}
+    await _close(prefill, decode)
+
+
+async def nobody_lends_what_was_just_forgotten(stage: Stage) -> None:
+    """A peer may hear of it later: D computes a head at once that P has computed, and lends."""
+    prefill, decode = await _sides(stage)
+    address = prefill.replica.peer_address
+    head, whole = _head_and_all(stage, "u0", 19, address, 300.0, _LENT_NO_MORE)
+    await prefill.run(head)
+    await decode.forget(("ee",))
+    n_tokens = len(whole.tokens) // TOKEN_BYTES
+    assert _by_source(await decode.run(whole)) == {"computed": n_tokens}
+    await _close(prefill, decode)
+
+
 def _seconds(*told: Spent) -> list[float]:
     each = ((spent.queued_s, spent.loading_s, spent.computing_s) for spent in told)
     return [seconds for parts in each for seconds in parts]
@@ -506,4 +629,14 @@ BEHAVIOURS: tuple[Callable[[Stage], Awaitable[None]], ...] = (
     a_leased_prefill_survives_being_forgotten,
     a_prefill_that_runs_when_forgotten_is_not_kept,
     what_is_patient_gives_way,
+)
+
+# Of replicas with a peer tier, which all the above is true of too.
+LENDING: tuple[Callable[[Stage], Awaitable[None]], ...] = (
+    a_split_is_one_answer_of_two_replicas,
+    a_head_that_was_stopped_is_not_waited_for,
+    a_head_that_nobody_computes_is_given_up_in_time,
+    a_split_that_is_aborted_frees_both,
+    a_prefix_is_lent,
+    nobody_lends_what_was_just_forgotten,
 )

@@ -1,13 +1,13 @@
 """The real engine behaves at the other end of a link as the simulator does."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kv.block import pack_tokens
-from tests.contract.link_behaviour import BEHAVIOURS, Stage
+from tests.contract.link_behaviour import BEHAVIOURS, LENDING, Stage
 from tests.flow.replica_process import SECRET, replicas
 from workers.channel import ChannelLink
 from workers.curve import client_keys
@@ -18,11 +18,11 @@ from workers.messages import Inbox, Link, Replica
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
 ) -> Iterator[tuple[Replica, Replica]]:
-    """Replicas that hand off, and such that have tiers as well."""
+    """Replicas that hand off, and such that have tiers as well, and lend."""
     folder, tiers = tmp_path_factory.mktemp("replicas"), None
     if request.param == "tiers":
         disk = {"path": str(folder / "disk"), "bytes": 1 << 26}
-        tiers = {"host": {"bytes": 1 << 25}, "disk": disk}
+        tiers = {"host": {"bytes": 1 << 25}, "disk": disk, "peer": {"timeout_s": 1.0}}
     with replicas(tiny_model, folder, tiers) as started:
         yield started
 
@@ -32,6 +32,21 @@ async def test_a_real_replica_does_what_the_simulator_does(
     pair: tuple[Replica, Replica], number: int
 ) -> None:
     """Each behaviour of the shared suite, on vLLM engines over ZMQ and NIXL."""
+    await _does(pair, BEHAVIOURS[number], number)
+
+
+@pytest.mark.parametrize("pair", ["tiers"], indirect=True, scope="module")
+@pytest.mark.parametrize("number", range(len(LENDING)), ids=[b.__name__ for b in LENDING])
+async def test_a_real_replica_lends_as_the_simulator_does(
+    pair: tuple[Replica, Replica], number: int
+) -> None:
+    """The same of what only replicas with a peer tier do."""
+    await _does(pair, LENDING[number], len(BEHAVIOURS) + number)
+
+
+async def _does(
+    pair: tuple[Replica, Replica], behaviour: Callable[[Stage], Awaitable[None]], number: int
+) -> None:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
@@ -53,4 +68,5 @@ async def test_a_real_replica_does_what_the_simulator_does(
         return connect
 
     prefill, decode = pair
-    await BEHAVIOURS[number](Stage(to(prefill), to(decode), prompt, body, body))
+    stage = Stage(to(prefill), to(decode), prompt, body, body, prefill.block_tokens)
+    await behaviour(stage)

@@ -2,14 +2,21 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 
 from kv.block import pack_tokens
-from tests.contract.link_behaviour import BEHAVIOURS, Stage
+from kv.curve import LinkCurve
+from tests.contract.link_behaviour import BEHAVIOURS, LENDING, Stage
 from workers.messages import Role
 from workers.sim import SimCluster, SimCosts, sim_body, sim_replica
+
+HANDOFFS, TIERS = SimCosts(), SimCosts(host_blocks=4096)
+LENDERS = replace(TIERS, lends=True)
+WITH_VAULT = replace(LENDERS, vault=LinkCurve(0.02, 2e-9))
 
 
 def prompt(number: int) -> bytes:
@@ -18,11 +25,15 @@ def prompt(number: int) -> bytes:
 
 @pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
 @pytest.mark.parametrize(
-    "costs", [SimCosts(), SimCosts(host_blocks=4096)], ids=["handoffs", "tiers"]
+    ("costs", "behaviour"),
+    [
+        *product((HANDOFFS, TIERS), BEHAVIOURS),
+        *product((LENDERS, WITH_VAULT), (*BEHAVIOURS, *LENDING)),
+    ],
+    ids=lambda given: getattr(given, "__name__", None),
 )
-@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
 async def test_the_simulator_keeps_the_contract(
-    behaviour: Callable[[Stage], Awaitable[None]], costs: SimCosts
+    costs: SimCosts, behaviour: Callable[[Stage], Awaitable[None]]
 ) -> None:
     """Each behaviour holds on virtual time, and the books balance afterwards."""
     async with asyncio.timeout(600), SimCluster() as cluster:
