@@ -70,7 +70,7 @@ def _curves(cells: Sequence[Cell], path: Path) -> None:
     """Seconds against the prefix, for the shortest suffix; a line where fetching begins to win."""
     shortest = min(cell.suffix_tokens for cell in cells)
     several = list(series(cell for cell in cells if cell.suffix_tokens == shortest))
-    columns = min(5, len(several))
+    columns = min(5, -(-len(several) // 2))
     lines = -(-len(several) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(3.2 * columns, 3 * lines), squeeze=False)
     for axes, along in zip(grid.flat, several, strict=False):
@@ -83,6 +83,8 @@ def _curves(cells: Sequence[Cell], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         style(axes, f"{along[0].link}, {along[0].codec}", "cached prefix tokens", "s")
+    for axes in grid.flat[len(several) :]:
+        axes.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
