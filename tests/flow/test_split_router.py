@@ -118,7 +118,7 @@ async def store(fleet: Fleet, name: str, plan: Plan) -> None:
     from router.head import _submit
 
     asked = Request(name, PROMPT, body(8), None, RequestContext(name))
-    whole = _submit(_attempt(asked, plan), Span(Source.COMPUTE, 0, REACH, P))
+    whole = _submit(fleet, _attempt(asked, plan), Span(Source.COMPUTE, 0, REACH, P))
     member = fleet.member(P)
     assert member is not None
     async with member.run(whole) as deltas:
