@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
+from msgspec.structs import replace
 
-from kv.block import pack_tokens, split_keys
-from workers.messages import Delta, Reply, Role, Step, Submit
+from kv.block import chain, pack_tokens, root_key, split_keys
+from kv.catalogue import Tier
+from kv.curve import LinkCurve
+from kv.plan import Hints
+from workers.messages import Delta, Keep, Reply, Role, Step, Submit
 from workers.sim import SimCluster, SimCosts, SimEngine, sim_answer, sim_body, sim_replica
 from workers.sim_pages import Grant, Pages
 
@@ -110,6 +114,71 @@ async def test_a_crashed_engine_says_nothing_and_a_hung_one_later() -> None:
         decode.resume()
         await asyncio.sleep(5.0)
         assert (told.tokens("d"), told.tokens("p")) == (sim_answer(prompt(0), 4), [])
+
+
+@virtual_time
+async def test_a_head_is_lent_as_it_is_computed() -> None:
+    """Block by block, none before its time: 0.1 s a chunk of ten. While it gives way to another
+    prompt, what its chunks computed is there, and it has not ended."""
+    costs = SimCosts(host_blocks=1000, lends=True, chunk_tokens=160)
+    tokens = prompt(0, 800)
+    keys = chain(root_key(None), tokens, 16)
+    async with asyncio.timeout(600), SimCluster() as cluster:
+        engine = cluster.start(sim_replica("p", Role.PREFILL, costs), costs)
+        link, began_s = engine.connect(Told()), asyncio.get_running_loop().time()
+        head = Submit("head", Role.PREFILL, tokens, sim_body(1), lends=True)
+        link.send(replace(head, keep=Keep(yields=True), patience_s=60.0))
+
+        async def here(at_s: float) -> int:
+            await asyncio.sleep(began_s + at_s - asyncio.get_running_loop().time())
+            lent = engine.lent("head", keys)
+            assert lent is not None
+            assert not lent.ended
+            assert lent.here == tuple(keys[: len(lent.here)])
+            return len(lent.here)
+
+        assert [await here(at_s) for at_s in (0.01, 0.08, 0.15)] == [0, 7, 13]
+        link.send(Submit("urgent", Role.PREFILL, prompt(5000, 1000), sim_body(1)))
+        assert await here(0.5) == 20
+        await asyncio.sleep(2.0)
+        lent = engine.lent("head", keys)
+        assert lent is not None
+        assert lent.ended
+        assert lent.here == tuple(keys)
+
+
+@virtual_time
+@pytest.mark.parametrize("yields", [False, True])
+async def test_what_yields_displaces_nothing_in_tiers(yields: bool) -> None:
+    """Another replica has all ten blocks of a prompt. A host tier that has room for four takes five
+    of them in, half of what it holds; four for a request that yields, of which the vault gets
+    none."""
+    lender = SimCosts(host_blocks=1000, lends=True)
+    costs = SimCosts(host_blocks=10, lends=True, vault=LinkCurve(0.02, 2e-9))
+    tokens = prompt(5000, 160)
+    async with asyncio.timeout(600), SimCluster() as cluster:
+        prefill = cluster.start(sim_replica("p", Role.PREFILL, lender), lender)
+        decode = cluster.start(sim_replica("d", Role.DECODE, costs), costs)
+        told = Told()
+        prefill.connect(told).send(Submit("p", Role.PREFILL, tokens, sim_body(1)))
+        link = decode.connect(told)
+        link.send(Submit("stays", Role.DECODE, prompt(0), sim_body(1)))
+        await asyncio.sleep(1.0)
+        assert {tier: each.blocks for tier, each in decode.load().tiers.items()} == {
+            Tier.HOST: 6,
+            Tier.VAULT: 6,
+        }
+        hints = Hints(159, (Tier.PEER,), 10.0, prefill.replica.peer_address)
+        asked = Submit("d", Role.DECODE, tokens, sim_body(1), hints=hints)
+        if yields:
+            asked = replace(asked, keep=Keep(yields=True), patience_s=60.0)
+        link.send(asked)
+        await asyncio.sleep(1.0)
+        [(_, delta)] = told.deltas["d"]
+        assert delta.sources is not None
+        fetched = 64 if yields else 80
+        assert delta.sources.by_source() == {"peer": fetched, "computed": 160 - fetched}
+        assert decode.load().tiers[Tier.VAULT].blocks == (6 if yields else 16)
 
 
 def published(pages: Pages, *keys: bytes) -> Grant:
