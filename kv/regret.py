@@ -63,6 +63,7 @@ class Regret:
 
     def _forget(self, over: int) -> None:
         """Drop the oldest: nobody has asked for them in their time."""
+        over = min(over, len(self._ghosts))
         for _ in range(over):
             self._ghosts.popitem(last=False)
         if over > 0:
