@@ -126,11 +126,12 @@ def test_requests_survive_the_death_of_the_prefill_replica(pools: Cluster) -> No
         body = {"model": "smollm2", "prompt": prompt, "max_tokens": 4}
         return httpx.post(f"{pools.url}/v1/completions", json=body, timeout=120).status_code
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask, number) for number in range(8)]
+    # As many as keep it busy until somebody looks.
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        asked = [pool.submit(ask, number) for number in range(24)]
         await_that(lambda: pools.replicas()["prefill-0"]["running"], "prompts are computed", 20)
         dead = _kill_busiest(pools, "prefill")
-        assert [each.result() for each in asked] == [200] * 8
+        assert [each.result() for each in asked] == [200] * 24
     pools.await_back("prefill", 1, {dead})
     pools.await_rest()
 

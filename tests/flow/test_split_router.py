@@ -18,6 +18,7 @@ from router.member import Member
 from router.request import Request
 from router.run import Attempt, run
 from tests.flow.replica_process import SECRET, replicas
+from tests.waiting import await_that
 from workers.channel import ChannelLink
 from workers.curve import client_keys
 from workers.messages import Link, Replica
@@ -113,6 +114,11 @@ def split(prefill: Replica) -> Plan:
     return Plan(Shape.SPLIT, Reason.OVERLAP, P, D, spans, 1.0, 1.0, (), hints)
 
 
+def on_disk(folder: Path) -> int:
+    """Blocks that the disks below it hold."""
+    return sum(1 for _ in folder.rglob("*.kv"))
+
+
 async def store(fleet: Fleet, name: str, plan: Plan) -> None:
     """Have P compute all of the prompt too: whichever disk a successor finds has its blocks."""
     from router.head import _submit
@@ -142,6 +148,10 @@ async def test_a_split_is_one_answer_of_two_replicas(tiny_model: Path, tmp_path:
         async with fleet_of(pair) as fleet:
             whole, _ = await answered(fleet, local(), "whole")
             await store(fleet, "stored", local())
+            # Both replicas' blocks: what is not on disk yet ends with its replica.
+            await asyncio.to_thread(
+                await_that, lambda: on_disk(tmp_path) >= 2 * REACH // BLOCK, "disk"
+            )
     with replicas(tiny_model, second, tiers) as pair:
         async with fleet_of(pair) as fleet:
             tokens, record = await answered(fleet, split(pair[0]), "split")
