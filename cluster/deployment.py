@@ -3,6 +3,7 @@ them."""
 
 import asyncio
 import contextlib
+import logging
 import os
 import uuid
 from functools import partial
@@ -29,6 +30,8 @@ from workers.errors import WorkerError
 from workers.messages import Inbox, Link, Replica
 from workers.tiers import shard_names
 from workers.vault.process import ShardProcess, ShardSettings
+
+logger = logging.getLogger(__name__)
 
 
 class IngressReplica:
@@ -61,6 +64,7 @@ class IngressReplica:
         ingress = Ingress(name, settings, directory, vault, orders, link, line, args, config)
         self._ingress = ingress
         self._task = asyncio.create_task(ingress.serve())
+        self._task.add_done_callback(_ended)
 
     async def check_health(self) -> None:
         """Serve's probe; raises once the server has ended."""
@@ -79,6 +83,12 @@ class IngressReplica:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+
+
+def _ended(task: "asyncio.Task[None]") -> None:
+    """Say why an ingress ended, with where: Serve only ever says that it did."""
+    if not task.cancelled():
+        logger.error("the ingress ended", exc_info=task.exception())
 
 
 class CatalogueReplica:

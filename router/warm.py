@@ -116,6 +116,8 @@ class Pairs:
         try:
             # Others come first: their time is not this pair's.
             async with self._locks[prefill.name], self._locks[decode.name]:
+                if not (prefill.up and decode.up):  # lost while they waited for their turn
+                    return
                 async with asyncio.timeout(_TIMEOUT_S):
                     curve = await self._measure(prefill, decode)
         except (WorkerError, KVError, TimeoutError) as error:

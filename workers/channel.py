@@ -45,7 +45,11 @@ class ChannelLink:
         self._tasks = [asyncio.create_task(self._greet()), asyncio.create_task(self._receive())]
 
     def send(self, request: wire.Request) -> None:
-        """Queue a message; dropped with a warning when the replica has stopped reading."""
+        """Queue a message; dropped when the link is closed, and with a warning when the replica
+        has stopped reading."""
+        # pyzmq raises from a socket that has closed while its reader waits to hear of that.
+        if self._socket.closed:
+            return
         future = self._socket.send(wire.encode(request), zmq.NOBLOCK)
         sending = cast("asyncio.Future[object]", future)
         if sending.done():

@@ -127,3 +127,19 @@ async def test_a_pair_that_waits_for_its_turn_is_not_given_up(
         assert here.now() > 60.0
         assert len(here.fleet.pairs.links) == 10
         assert "not warmed" not in caplog.text
+
+
+async def test_who_is_lost_while_waiting_for_its_turn_holds_nobody_up() -> None:
+    """A replica that dies before its introduction has begun is not introduced: the next one does
+    not wait for the end of an introduction to nobody."""
+    slow = replace(COSTS, prefill=PrefillCurve(1.5, 0.0, 0.0))
+    async with world(prefill=1, decode=1, costs=slow) as here:
+        began_s = here.now()
+        here.start("decode-1", Role.DECODE)
+        here.start("decode-2", Role.DECODE)
+        await asyncio.sleep(2.0)
+        here.engine("decode-2").crash()
+        await asyncio.sleep(5.0)
+        here.start("decode-2", Role.DECODE, epoch="2")
+        await here.warmed()
+        assert here.now() - began_s < 50.0

@@ -291,6 +291,15 @@ async def test_a_link_that_closes_frees_its_requests(
     await until(lambda: pair.engine.aborted == ["r1"])
 
 
+async def test_what_is_sent_on_a_closed_link_is_dropped(pair: Pair) -> None:
+    """Whoever learns of a loss may want to release a handoff there: at once, before the loop has
+    had a turn, and later. Neither raises, or it would end the ingress."""
+    pair.link.close()
+    pair.link.send(SUBMIT)
+    await asyncio.sleep(0.01)
+    pair.link.send(SUBMIT)
+
+
 async def test_a_stranger_s_request_is_not_run(pair: Pair) -> None:
     """Who has not said Hello could not be answered."""
     with zmq.asyncio.Context.instance().socket(zmq.DEALER) as stranger:
