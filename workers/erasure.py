@@ -38,7 +38,7 @@ class Erasure:
 
     `scheduler` is vLLM's; `publish` hands its pending events to `stored` and `removed`; `wipe`
     overwrites pages. A finished prefill waits at most `handoff_s` to be read. `tiers` are those
-    behind the paged KV (`kv.offload.Tiers`), or None.
+    behind the paged KV (`kv.offload_tiers.Tiers`), or None.
     """
 
     def __init__(

@@ -47,11 +47,12 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kv.catalogue import Tier
 from kv.head import Head
-from kv.offload import BatchedCopyWorker, TieredConnector, TieredSpec, Tiers
+from kv.offload import BatchedCopyWorker, TieredConnector, TieredSpec
 from kv.offload_disk import TAG, DiskTier, StoreQueue
 from kv.offload_host import HostTier
 from kv.offload_rows import CleanRows
 from kv.offload_split import SplitLookups
+from kv.offload_tiers import Tiers
 from kv.plan import Hints
 from kv.promoted import DEADLINE
 from workers.counters import LOADED, METRICS_BY_TIER, PROMOTED, SOURCES, TIER_METRICS

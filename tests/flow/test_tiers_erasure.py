@@ -14,9 +14,9 @@ from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext
 
 from kv import offload_disk
 from kv.errors import DiskError
-from kv.offload import Tiers
 from kv.offload_disk import DiskTier
 from kv.offload_host import HostTier
+from kv.offload_tiers import Tiers
 from tests.flow.host_region import host_region
 
 PAGE = 4096

@@ -14,10 +14,10 @@ from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
 
 from kv import offload_disk
 from kv.keep import KEEP
-from kv.offload import Tiers
 from kv.offload_disk import DiskTier
 from kv.offload_host import HostTier
 from kv.offload_policy import YieldingFirst
+from kv.offload_tiers import Tiers
 from tests.flow.host_region import host_region
 from workers.messages import Keep
 from workers.tiers import keep_of, with_hints

@@ -12,8 +12,8 @@ import pytest
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext, make_offload_key
 
 from kv.curve import PrefillCurve
-from kv.offload import Tiers
 from kv.offload_host import HostTier
+from kv.offload_tiers import Tiers
 from kv.promoted import DEADLINE
 from tests.flow.host_region import host_region
 from tests.vault.shard_process import SECRET, ShardHandle, client, shard

@@ -245,7 +245,7 @@ class PeerTier(SecondaryTierManager):
             question.line.submit(load)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
-        # `kv.offload.Tiers` gives no such jobs to a tier that does not store.
+        # `kv.offload_tiers.Tiers` gives no such jobs to a tier that does not store.
         self._finished.append(JobResult(job_metadata.job_id, success=True))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:

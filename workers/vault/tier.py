@@ -77,7 +77,8 @@ class VaultTier(SecondaryTierManager):
     """See the module. Holds nothing until `attach` says who it is and `seat` where shards are.
 
     A block is loadable only once the frame that brought it has proved whole, under the name that
-    was asked for. One that does not come is not asked for again by its request (`kv.offload`).
+    was asked for. One that does not come is not asked for again by its request
+    (`kv.offload_tiers`).
     """
 
     # For the plan's hints; vLLM would take its blocks for a disk's.
@@ -214,7 +215,7 @@ class VaultTier(SecondaryTierManager):
             self._complain("not stored: the vault is slower than what is computed", blocks)
 
     def arrived(self) -> Iterable[tuple[int, OffloadKey]]:
-        """Blocks of loads that go on (`kv.offload.Piecewise`)."""
+        """Blocks of loads that go on (`kv.offload_tiers.Piecewise`)."""
         while not self._came.empty():
             yield self._came.get()
 
@@ -372,7 +373,7 @@ class VaultTier(SecondaryTierManager):
         return recompute_s(self._speed, spot.start_token, tokens) / len(self._block_tokens)
 
     def _load_patience_s(self, job: TransferJob) -> float:
-        """Not shorter than its request waits, which ends first otherwise (`kv.offload`)."""
+        """Not shorter than its request waits, which ends first otherwise (`kv.offload_tiers`)."""
         planned_s: float = (job.req_context.kv_transfer_params or {}).get(DEADLINE, 0.0)
         return max(self._patience_s(LOAD_S, job), planned_s)
 
