@@ -137,7 +137,8 @@ async def test_who_is_lost_while_waiting_for_its_turn_holds_nobody_up() -> None:
         began_s = here.now()
         here.start("decode-1", Role.DECODE)
         here.start("decode-2", Role.DECODE)
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(5.0)
+        assert here.fleet.member("decode-2") is not None
         here.engine("decode-2").crash()
         await asyncio.sleep(5.0)
         here.start("decode-2", Role.DECODE, epoch="2")
