@@ -43,6 +43,7 @@ class Reason(StrEnum):
     NO_CATALOGUE = "no_catalogue"  # nobody could say what is cached where: planned as if nothing
     SESSION = "session"  # about as cheap as the best, and where this session's other turns go
     KEPT = "kept"  # about as cheap as the best, and where the prefix is: a copy was spared
+    EXACT_NAMES = "exact_names"  # exact blocks cost less than those of the codec that is allowed
     EXPLORED = "explored"  # dearer than the best, to find out whether a curve still holds
     PROMPT_LOGPROBS = "prompt_logprobs"  # every position is computed where the answer is made
     LEAST_LOADED = "least_loaded"  # the kill switch: costs were not looked at

@@ -25,10 +25,11 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kv.block import pack_tokens
+from kv.codecs.codec import CodecName
 from router.context import Bound, Notes, RequestContext, ServiceClass, bound
 from router.errors import STATUS, RouterError, UnservableError
 from router.pipeline import Pipeline
-from router.request import Request
+from router.request import Names, Request
 from router.salt import Salter
 from workers.messages import Delta, Keep
 
@@ -200,29 +201,38 @@ def warm_body() -> bytes:
 
 def _request(request: EngineCoreRequest, salter: Salter) -> Request:
     asked = bound.get() or Bound(RequestContext(request.request_id), Notes())
-    # Here and not in the body: some of the APIs would not pass a salt on.
-    context = asked.context
-    request.cache_salt = salter.salt(context.tenant, request.cache_salt, context.codec)
+    context, client_salt = asked.context, request.cache_salt
+    codec = None if salter.gate(context.codec) is None else context.codec
+    exact = _names(request, salter, context, client_salt, None)
+    own = exact if codec is None else _names(request, salter, context, client_salt, codec)
     params = request.sampling_params
     return Request(
         request_id=request.request_id,
         tokens=pack_tokens(request.prompt_token_ids or []),
-        body=body_of(request),
-        salt=request.cache_salt,
+        body=own.body,
+        salt=own.salt,
         context=context,
         local_only=params is not None and params.prompt_logprobs is not None,
         notes=asked.notes,
         uncarried=_uncarried(request),
-        keep=_keep(context, salter),
+        keep=own.keep,
         max_tokens=None if params is None else params.max_tokens,
+        exact=None if codec is None else exact,
     )
 
 
-def _keep(context: RequestContext, salter: Salter) -> Keep | None:
-    """How the blocks may be stored; None for as all are."""
-    codec = None if salter.gate(context.codec) is None else context.codec
+def _names(
+    request: EngineCoreRequest,
+    salter: Salter,
+    context: RequestContext,
+    client_salt: str | None,
+    codec: CodecName | None,
+) -> Names:
+    """What its blocks are called where this codec may store them; `request` gets the salt."""
+    # Here and not in the body of the call: some of the APIs would not pass a salt on.
+    request.cache_salt = salter.salt(context.tenant, client_salt, codec)
     keep = Keep(codec, context.retention_s, context.service_class is ServiceClass.BATCH)
-    return None if keep == Keep() else keep
+    return Names(request.cache_salt, body_of(request), None if keep == Keep() else keep)
 
 
 def _uncarried(request: EngineCoreRequest) -> str | None:

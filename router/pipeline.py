@@ -52,7 +52,7 @@ class Pipeline:
         on every engine.
         """
         async with self._admit(request) as (request, place):  # 1 admit
-            record = await self._planned(request, place.waited_s)  # 2 to 4
+            request, record = await self._planned(request, place.waited_s)  # 2 to 4
             request.notes.used_tokens += request.prompt_tokens
             deadline = Deadline(request.context, place.waited_s)
             try:
@@ -97,18 +97,19 @@ class Pipeline:
                 raise
             yield turn
 
-    async def _planned(self, request: Request, waited_s: float) -> Record:
-        """2 name its blocks, 3 look and take a snapshot, 4 plan."""
+    async def _planned(self, request: Request, waited_s: float) -> tuple[Request, Record]:
+        """2 name its blocks, 3 look and take a snapshot, 4 plan; the request is under the names
+        that the plan goes by."""
         began = self._now()
         try:
-            choice = await self._planner.plan(request)
+            request, choice = await self._planner.plan(request)
         except RouterError as error:
             self._audit.refuse(request, error)
             raise
         request.notes.plan = choice.plan.header()
         record = self._audit.open(request, choice.plan, began, choice.footprint, waited_s)
         self._shadow.follow(choice, record)
-        return record
+        return request, record
 
     async def _run(self, request: Request, record: Record) -> AsyncGenerator[Delta, None]:
         """Carry the plan out; when a replica fails, go on elsewhere with what it has not given."""
@@ -144,7 +145,7 @@ class Pipeline:
     ) -> None:
         began = self._now()
         reason = Reason.PREFILL_LOST if attempt.in_prefill else Reason.DECODE_LOST
-        choice = await self._planner.plan(request, avoid=failed)
+        _, choice = await self._planner.plan(request, avoid=failed)
         plan = choice.plan.because(reason)
         request.notes.plan = plan.header()
         self._audit.plan(record, plan, self._now() - began)

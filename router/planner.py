@@ -1,7 +1,7 @@
 """One request's question, and the plan by which it is answered."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from kv.block import TOKEN_BYTES, chain, root_key
@@ -9,7 +9,9 @@ from router.audit import Footprint
 from router.explorer import Explorer
 from router.fleet import Fleet
 from router.orders import Order
+from router.policy import Policy
 from router.policy.explore import Exploration
+from router.policy.names import exact_if_cheaper
 from router.policy.question import Question
 from router.policy.registry import CHOOSE
 from router.policy.session import affinity
@@ -48,11 +50,29 @@ class Planner:
         self._explorer = explorer
         self._tickets = count()
 
-    async def plan(self, request: Request, avoid: Collection[str] = ()) -> Choice:
-        """A plan without the replicas to `avoid`, unless no other decode replica is there.
+    async def plan(self, request: Request, avoid: Collection[str] = ()) -> tuple[Request, Choice]:
+        """A plan without the replicas to `avoid`, unless no other decode replica is there; and the
+        request under the names that it goes by.
 
         Raises `NoReplicaError`.
         """
+        asked, exploration = request.settled(), self._exploration(avoid)
+        choice = await self._choice(asked, avoid, exploration)
+        # Baselines and the kill switch do not weigh one against the other.
+        if request.exact is not None and choice.order.policy is Policy.BREAKEVEN:
+            exactly = request.under(request.exact)
+            other = await self._choice(exactly, avoid, None)
+            plan = exact_if_cheaper(choice.plan, other.plan, self._prices.hysteresis)
+            if plan is not None:
+                asked, choice = exactly, replace(other, plan=plan)
+        if self._explorer is not None:
+            self._explorer.uses(choice.plan)
+        return asked, choice
+
+    async def _choice(
+        self, request: Request, avoid: Collection[str], exploration: Exploration | None
+    ) -> Choice:
+        """What the policy in force says to a request under its own names."""
         block_tokens = self._fleet.block_tokens()
         keys = _keys(request, block_tokens)
         found = await self._fleet.look(keys)
@@ -72,12 +92,10 @@ class Planner:
             may_split=request.keep is None or not request.keep.yields,
             hysteresis=self._prices.hysteresis,
             displaced_price=self._prices.displaced_price,
-            exploration=self._exploration(avoid),
+            exploration=exploration,
         )
         order = self._order()
         plan = CHOOSE[order.policy](question)
-        if self._explorer is not None:
-            self._explorer.uses(plan)
         footprint = Footprint(keys, block_tokens, question.snapshot.kv_bytes_per_token)
         return Choice(question, order, plan, footprint)
 

@@ -8,6 +8,16 @@ from workers.messages import Keep
 
 
 @dataclass(frozen=True, slots=True)
+class Names:
+    """What a request's blocks are called and how they are kept: `salt`, which engines find in
+    `body`, and `keep`."""
+
+    salt: str | None
+    body: bytes
+    keep: Keep | None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One generation call.
 
@@ -16,7 +26,9 @@ class Request:
     is made, because the prompt's own logprobs were asked for. `answered` are tokens of the
     answer that were streamed before a replica was lost; `uncarried` names what could not go on
     elsewhere behind them. `keep` is how its blocks may be stored. `max_tokens` bounds its answer. A
-    batch request gives way to others until `patient_until_s` of the ingress's clock.
+    batch request gives way to others until `patient_until_s` of the ingress's clock. One that
+    allows a lossy codec may be run under its `exact` names as well, until one or the other is
+    settled.
     """
 
     request_id: str
@@ -31,6 +43,7 @@ class Request:
     keep: Keep | None = None
     max_tokens: int | None = None
     patient_until_s: float | None = None
+    exact: Names | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -51,3 +64,11 @@ class Request:
     def behind(self, answered: bytes) -> "Request":
         """The same request, some of whose answer was given; prompt logprobs were among it."""
         return replace(self, answered=answered, local_only=False)
+
+    def under(self, names: Names) -> "Request":
+        """The same request under names that are settled."""
+        return replace(self, salt=names.salt, body=names.body, keep=names.keep, exact=None)
+
+    def settled(self) -> "Request":
+        """The same request under the names that it has."""
+        return self if self.exact is None else replace(self, exact=None)

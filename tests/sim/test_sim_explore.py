@@ -20,10 +20,11 @@ async def test_each_replica_is_tried_and_then_left() -> None:
         now = asyncio.get_running_loop().time
         explorer = Explorer(1.0, now, random.Random(5))
         planner = Planner(here.fleet, Prices(), explorer=explorer)
-        again = (await planner.plan(request("again", range(500), 2), avoid={"decode-0"})).plan
+        again = (await planner.plan(request("again", range(500), 2), avoid={"decode-0"}))[1].plan
         assert again.reason is not Reason.EXPLORED
         plans = [
-            (await planner.plan(request(f"r{number}", range(500), 2))).plan for number in range(40)
+            (await planner.plan(request(f"r{number}", range(500), 2)))[1].plan
+            for number in range(40)
         ]
         explored = [plan.decode for plan in plans if plan.reason is Reason.EXPLORED]
         assert len(explored) == len(set(explored))

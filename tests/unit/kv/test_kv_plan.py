@@ -165,6 +165,7 @@ def test_words_on_the_wire_are_stable() -> None:
         "no_catalogue",
         "session",
         "kept",
+        "exact_names",
         "explored",
         "prompt_logprobs",
         "least_loaded",
