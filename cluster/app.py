@@ -9,7 +9,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster import verdicts
-from cluster.config import APP, Config, Pool, audit_dir, cache_dir
+from cluster.config import APP, Config, Pool, audit_dir, cache_dir, engine_options
 from kv.fingerprint import fingerprint, folder_identity
 from router.settings import AuditPlace, IngressSettings
 from workers.curve import server_keys
@@ -56,12 +56,6 @@ def build(
     behind = [*pools, _vault(config, secret)]
     others = [_catalogue(config, secret, beside), *(each for each in behind if each is not None)]
     return _ingress(config, model, secret, beside, others)
-
-
-def engine_options(config: Config, pool: Pool | None) -> dict[str, Any]:
-    """vLLM's options for a pool, or for the API server; a null option is left to vLLM."""
-    merged = {**config.engine, **(pool.engine if pool else {})}
-    return {name: value for name, value in merged.items() if value is not None}
 
 
 def _engines(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import verdicts
-from cluster.config import Config, cache_dir
+from cluster.config import Config, cache_dir, engine_options
 from cluster.errors import ConfigError
 from kv.codecs.codec import CodecName
 from kv.codecs.gate import Verdict
@@ -27,7 +27,7 @@ _HOST_BYTES = 1 << 29
 def calibrate(config: Config, names: Sequence[CodecName], as_json: bool) -> int:
     """Print a row for each codec; 1 if one of those that were named may not be used. Raises
     `ConfigError` for a model that has no codecs."""
-    from cluster.app import engine_options, environment
+    from cluster.app import environment
     from cluster.launch import find_model
 
     model = find_model(config)

@@ -149,6 +149,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return total
 
 
+def engine_options(config: Config, pool: Pool | None) -> dict[str, Any]:
+    """vLLM's options for a pool, or for the API server; a null option is left to vLLM."""
+    merged = {**config.engine, **(pool.engine if pool else {})}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     """The default file, then `path`, then `overrides` (nested mappings). Raises `ConfigError`."""
     merged = _read(DEFAULT)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.config import Config, cache_dir
+from cluster.config import Config, cache_dir, engine_options
 from cluster.errors import CodecRefusedError
 from kv.codecs.codec import CodecName
 from kv.codecs.frame import VERSION
@@ -85,8 +85,6 @@ def gates(config: Config, model: Path | str) -> dict[CodecName, str]:
     vault = config.tiers.vault
     if vault is None or vault.lossy is None:
         return {}
-    from cluster.app import engine_options
-
     identity = model_identity(str(model), engine_options(config, config.decode))
     return {vault.lossy: check(cache_dir(), identity, vault.lossy)}
 

@@ -136,7 +136,7 @@ def _unexplored(tmp: Path, words: Sequence[str]) -> tuple[str, ...]:
 def start(tmp: Path, models: Path, port: int, *words: str, scheme: str = "http") -> Cluster:
     """Start `serve` and wait for its `ready` line."""
     cache = tmp / "cache"
-    cache.mkdir(parents=True)
+    cache.mkdir(parents=True, exist_ok=True)
     (cache / "models").symlink_to(models.resolve())
     output = tmp / "serve.log"
     words = _unexplored(tmp, words)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.app import engine_options, environment
-from cluster.config import load
+from cluster.app import environment
+from cluster.config import engine_options, load
 
 ROOT = Path(__file__).resolve().parents[2]
 # No multiple of a block: a tail page of the prompt has no name.

@@ -18,8 +18,8 @@ from typing import Any
 
 import msgspec
 
-from cluster.app import engine_options, environment
-from cluster.config import load
+from cluster.app import environment
+from cluster.config import engine_options, load
 from workers.curve import server_keys
 from workers.messages import Replica, Role
 from workers.peer.keys import peer_keys

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from cluster.app import _audit, _placed, engine_options, environment
+from cluster.app import _audit, _placed, environment
 from cluster.cli import _change, _overrides, _parser
-from cluster.config import DEFAULT, Config, check_nodes, load
+from cluster.config import DEFAULT, Config, check_nodes, engine_options, load
 from cluster.errors import ConfigError
 from cluster.home import ROOT
 from cluster.status import describe, is_configured

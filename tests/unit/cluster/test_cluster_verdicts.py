@@ -1,11 +1,12 @@
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from cluster import verdicts
-from cluster.app import engine_options
-from cluster.config import load
+from cluster.config import engine_options, load
 from cluster.errors import CodecRefusedError
 from kv.codecs.codec import CodecName
 from kv.codecs.frame import VERSION
@@ -108,3 +109,20 @@ def test_a_cluster_starts_with_the_codec_that_its_model_passed(
     identity = model_identity(str(model), engine_options(config, config.decode))
     verdicts.keep(tmp_path, identity, {INT8: verdict()})
     assert verdicts.gates(config, model) == {INT8: gate_id(identity, INT8, VERSION, GateLimits())}
+
+
+def test_gates_are_read_before_ray_is_loaded() -> None:
+    """Ray reads its environment as it loads, and `serve` sets that later."""
+    program = (
+        "import sys; from cluster import verdicts; from cluster.config import load; "
+        "vault = {'memory_bytes': 1 << 20, 'lossy': 'int8'}; "
+        "config = load(None, {'tiers': {'vault': vault}})\n"
+        "try: verdicts.gates(config, sys.argv[1])\n"
+        "except Exception as error: print(error)\n"
+        "sys.exit('ray' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "model"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "int8" in done.stdout
