@@ -116,7 +116,8 @@ def rows(cells: Sequence[Cell]) -> list[Row]:
         found.append(
             against("ours_to_threshold_near_crossover", near, 0.8, lambda c: threshold_s[c.key])
         )
-    return [*found, *_predictions(cells)]
+    pairs = [pair for cell in cells for pair in cell.predicted_s]
+    return [*found, *predictions(pairs, "plans of ours, against the first token at the ingress")]
 
 
 def _worst(cells: Sequence[Cell]) -> Row:
@@ -131,12 +132,12 @@ def _worst(cells: Sequence[Cell]) -> Row:
     return at_most("ours_to_better_worst", missed(worst), "x", SLACK_RATIO, where)
 
 
-def _predictions(cells: Sequence[Cell]) -> list[Row]:
-    pairs = [pair for cell in cells for pair in cell.predicted_s]
+def predictions(pairs: Iterable[tuple[float, float]], of: str) -> list[Row]:
+    """How far off predictions were, of pairs of predicted and actual seconds; no rows for none."""
     errors = [100 * abs(said_s - took_s) / took_s for said_s, took_s in pairs if took_s > 0.0]
     if not errors:
         return []
-    detail = f"{len(errors)} plans of ours, against the first token at the ingress"
+    detail = f"{len(errors)} {of}"
     median = at_most("prediction_error_median", statistics.median(errors), "%", 15.0, detail)
     return [median, at_most("prediction_error_p90", quantile(errors, 0.9), "%", 35.0, detail)]
 

@@ -21,7 +21,7 @@ from math import ceil
 from typing import Any
 
 from benchmarks.breakeven.arrivals import Mix, Request, schedule
-from benchmarks.breakeven.cells import COMPUTE, OURS
+from benchmarks.breakeven.cells import COMPUTE, OURS, predictions
 from benchmarks.breakeven.goodput import POLICIES, Targets, Window, rows, targets, unit_per_s
 from benchmarks.breakeven.sending import arrive, one_by_one
 from benchmarks.result import Row, Store, shown
@@ -85,7 +85,10 @@ def measure(quick: bool) -> list[Row]:
     told = {turn: store.kept(_key(*turn)) for turn in turns(size)}
     windows = [window_of(each, *turn) for turn, each in told.items()]
     client_share = max(each["client_share"] for each in told.values())
-    return [*rows(windows, MULTIPLES, lone), *_basis(lone, unit, client_share)]
+    ours = [told[turn] for turn in turns(size) if turn[0] == OURS]
+    pairs = [(said_s, took_s) for each in ours for said_s, took_s in each["predicted_s"]]
+    found = [*rows(windows, MULTIPLES, lone), *predictions(pairs, "answered requests, all rates")]
+    return [*found, *_basis(lone, unit, client_share)]
 
 
 def turns(size: Size) -> list[tuple[str, float, int]]:
@@ -160,7 +163,17 @@ def _window(
     clusters.go_by(server, policy)
     done = asyncio.run(arrive(server.url, requests, seconds, wanted))
     time.sleep(_SETTLE_S)
-    return done
+    return {**done, "predicted_s": _predicted_s(server, len(requests))}
+
+
+def _predicted_s(server: Server, requests: int) -> list[tuple[float, float]]:
+    """Predicted and actual seconds to the first token of those among the last requests that had
+    one."""
+    query = f"limit={max(1, min(1000, requests))}"
+    with urllib.request.urlopen(f"{server.url}/admin/decisions?{query}", timeout=10) as answer:
+        rows = json.load(answer)["decisions"]
+    timed = [(row["predicted_ttft_s"], row["ttft_s"]) for row in rows]
+    return [(said_s, took_s) for said_s, took_s in timed if took_s is not None]
 
 
 def _tell(told: dict[str, Any], policy: str, factor: float, lone: dict[str, Any]) -> None:

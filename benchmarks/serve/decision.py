@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,34 +36,46 @@ MILLION = 1_000_000
 WARM_UP = 500
 # A fill of 30 M blocks on a busy machine takes minutes.
 ANSWER_S = 900.0
+# What the planner may take where it searches split points.
+SPLIT_US = 400.0
+KINDS = {
+    "": "",
+    "scattered": ", holders at depths of their own",
+    "tiered": ", split points searched",
+}
+
+
+# Blocks, replicas, and the kind of load (decision_load.py).
+Point = tuple[int, int, str]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured. A point is (blocks, replicas, scattered)."""
+    """How much is measured."""
 
-    main: tuple[int, int, bool]
-    growth: tuple[tuple[int, int, bool], ...]
+    main: Point
+    growth: tuple[Point, ...]
     rounds: int
     decisions: int
 
 
 FULL = Scale(
-    main=(10 * MILLION, 64, False),
+    main=(10 * MILLION, 64, ""),
     growth=(
-        (MILLION, 64, False),
-        (3 * MILLION, 64, False),
-        (30 * MILLION, 64, False),
-        (10 * MILLION, 8, False),
-        (10 * MILLION, 512, False),
-        (10 * MILLION, 64, True),
+        (MILLION, 64, ""),
+        (3 * MILLION, 64, ""),
+        (30 * MILLION, 64, ""),
+        (10 * MILLION, 8, ""),
+        (10 * MILLION, 512, ""),
+        (10 * MILLION, 64, "scattered"),
+        (10 * MILLION, 64, "tiered"),
     ),
     rounds=5,
     decisions=4000,
 )
 QUICK = Scale(
-    main=(MILLION, 64, False),
-    growth=((MILLION // 4, 8, False), (MILLION // 4, 64, True)),
+    main=(MILLION, 64, ""),
+    growth=((MILLION // 4, 8, ""), (MILLION // 4, 64, "scattered"), (MILLION // 4, 64, "tiered")),
     rounds=3,
     decisions=800,
 )
@@ -117,11 +130,11 @@ class Worker:
 
 
 @contextmanager
-def working(python: str, script: str, point: tuple[int, int, bool]) -> Iterator[Worker]:
+def working(python: str, script: str, point: Point) -> Iterator[Worker]:
     """A process with a catalogue of `point` to fill."""
-    blocks, replicas, scattered = point
+    blocks, replicas, kind = point
     command = [python, str(HERE / script), str(blocks), str(replicas), str(CORE)]
-    worker = Worker([*command, *(["scattered"] if scattered else [])])
+    worker = Worker([*command, *([kind] if kind else [])])
     try:
         yield worker
     finally:
@@ -328,13 +341,15 @@ def _dynamo(main: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _point(
-    point: tuple[int, int, bool], fill: dict[str, Any], rounds: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _point(point: Point, fill: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    shapes = Counter[str]()
+    for each in rounds:
+        shapes.update(each["shapes"])
     return {
         "blocks": point[0],
         "replicas": point[1],
-        "scattered": point[2],
+        "kind": point[2],
+        "shapes": shapes,
         "bytes_a_block": fill["bytes_a_block"],
         "ingest_blocks_s": fill["ingest_blocks_s"],
         "fill_longest_ms": fill["longest_ms"],
@@ -347,14 +362,20 @@ def _point(
 def _growth(points: list[dict[str, Any]]) -> list[Row]:
     rows = []
     for point in points[1:]:
-        kind = ", holders at depths of their own" if point["scattered"] else ""
-        name = f"decision p99 at {point['blocks'] / MILLION:g} M x {point['replicas']}{kind}"
+        name = f"decision p99 at {point['blocks'] / MILLION:g} M x {point['replicas']}"
+        name += KINDS[point["kind"]]
         detail = (
             f"p50 {median(point['p50_us']):.0f} us, {point['bytes_a_block']:.0f} B/block, "
             f"{point['ingest_blocks_s']:.0f} blocks/s, longest step of filling "
             f"{point['fill_longest_ms']:.2f} ms ({point['fill_longest_cpu_ms']:.2f} on the core)"
         )
-        rows.append(row(name, point["p99_us"], "us", detail=detail))
+        tiered = point["kind"] == "tiered"
+        if tiered:
+            planned, of_all = point["shapes"], sum(point["shapes"].values())
+            told = (f"{name} {100 * n / of_all:.0f} %" for name, n in sorted(planned.items()))
+            detail = f"{', '.join(told)}; {detail}"
+        target = SPLIT_US if tiered else None
+        rows.append(row(name, point["p99_us"], "us", target, detail=detail))
     return rows
 
 

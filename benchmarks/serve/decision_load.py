@@ -4,9 +4,11 @@ A catalogue of `blocks` is chains of 128 blocks of 32 tokens. Chain c lies whole
 Each 256th is hot: its first 64 blocks, a system prompt, lie on every replica, and 8 replicas hold
 more of it, each to a depth of its own. A third of the prompts are hot chains, a third cold ones,
 and a third are cold up to some block and then new. Churn takes 16 blocks off the end of a cold
-chain and adds 16 of a chain that nobody asked for yet. In a `scattered` load every replica holds
-every hot chain to a depth of its own: the most that a lookup can have to tell apart. Standard
-library only, since Dynamo runs in an environment of its own.
+chain and adds 16 of a chain that nobody asked for yet. Two other kinds of load are ours alone: in a
+`scattered` one every replica holds every hot chain to a depth of its own, the most that a lookup
+can have to tell apart; in a `tiered` one a vault holds all chains as well, so that whatever a
+replica lacks of them may be fetched or split. Standard library only, since Dynamo runs in an
+environment of its own.
 """
 
 import contextlib
@@ -43,7 +45,7 @@ class Load:
 
     blocks: int
     replicas: int
-    scattered: bool = False
+    kind: str = ""
 
     @property
     def chains(self) -> int:
@@ -59,7 +61,7 @@ class Load:
         for replica in range(self.replicas):
             if replica == chain % self.replicas:
                 yield replica, CHAIN_BLOCKS
-            elif self.scattered:
+            elif self.kind == "scattered":
                 yield replica, rng.randint(1, CHAIN_BLOCKS)
             else:
                 more = rng.randint(1, CHAIN_BLOCKS - HEAD_BLOCKS) if replica in deeper else 0

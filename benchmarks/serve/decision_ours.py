@@ -10,6 +10,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,19 +22,37 @@ from decision_load import Load as Workload
 from decision_load import tokens as chain_tokens
 
 from kv.block import chain, pack_tokens, root_key, split_keys
+from kv.catalogue import Tier
 from kv.curve import LinkCurve
+from kv.plan import Plan
 from router.catalogue.holdings import Expectations, Holdings, deepest
-from router.catalogue.wire import Found
+from router.catalogue.wire import Beat, Found
 from router.member import Member
 from router.pauses import freeze_start
+from router.planner import Prices
 from router.policy.pair import choose
 from router.policy.question import Question
 from router.pools import Pools
-from workers.messages import Blocks, Load, Replica, Request, Role, Welcome, decode_reply, encode
+from workers.messages import (
+    Blocks,
+    Load,
+    Replica,
+    Request,
+    Role,
+    TierLoad,
+    Welcome,
+    decode_reply,
+    encode,
+)
 
 ROOT_KEY = root_key("tenant")
 # Chains named and encoded before the catalogue is timed taking them in.
 BATCH = 256
+PRICES = Prices()
+# A tiered load's vault brings 4,096 tokens in about the time in which they are computed, where
+# most ways of splitting a prompt are worth pricing; its host tiers hold other prompts.
+VAULT = TierLoad(0, 0, 2e-3, 1 / 2.5e9, samples=8)
+HOST = TierLoad(0, 0, 1e-3, 1 / 20e9, samples=8)
 
 
 class Longest:
@@ -80,7 +99,7 @@ class Router:
         rng = random.Random(load.replicas)
         self.links = {}
         for index, name in enumerate(self.names):
-            replica = _replica(index, name, rng)
+            replica = _replica(index, name, rng, load.kind == "tiered")
             member = Member(
                 replica,
                 lambda member: Nowhere(),
@@ -91,10 +110,14 @@ class Router:
             self.members[name] = member
             member.receive(Welcome(replica))
             member.receive(Blocks(0, snapshot=True))
+            member.receive(decode_reply(self._load(rng), name))
         for p, d in itertools.product(self.names[::2], self.names[1::2]):
             latency_s, gb_s = rng.uniform(1e-3, 5e-3), rng.uniform(5, 50)
             self.links[(p, d)] = LinkCurve(latency_s, 1e-9 / gb_s)
         self.sequences = [0] * load.replicas
+        # Caches are full, and a tenth of what leaves them is asked for again.
+        full = {member.replica.epoch: member.replica.kv_blocks for member in self.members.values()}
+        self.beat = Beat(blocks=full, regret=0.1)
         self.churn = self._frames(load.churn())
         self.rng = rng
 
@@ -107,10 +130,12 @@ class Router:
         name = self.names[replica]
         self.members[name].receive(decode_reply(frame, name))
 
-    def frame(self, replica: int, stored: bytes, removed: bytes = b"") -> bytes:
+    def frame(
+        self, replica: int, stored: bytes, removed: bytes = b"", tier: Tier = Tier.DEVICE
+    ) -> bytes:
         """What a worker says of its blocks."""
         self.sequences[replica] += 1
-        return encode(Blocks(self.sequences[replica], stored, removed))
+        return encode(Blocks(self.sequences[replica], stored, removed, tier=tier))
 
     def fill(self) -> dict[str, float]:
         """Every chain of the load, as frames of at most one chain."""
@@ -122,6 +147,10 @@ class Router:
                 for replica, depth in self.load.holdings(number):
                     frames.append((replica, self.frame(replica, keys[: 16 * depth])))
                     blocks += depth
+                if self.load.kind == "tiered":
+                    holder = number % self.load.replicas
+                    frames.append((holder, self.frame(holder, keys, tier=Tier.VAULT)))
+                    blocks += CHAIN_BLOCKS
             for replica, frame in frames:
                 with taking:
                     self.receive(replica, frame)
@@ -133,8 +162,9 @@ class Router:
             **taking.shown(),
         }
 
-    def decide(self, tokens: list[int]) -> tuple[int, int, int, int, str | None, str]:
-        """One decision: when it, its lookup and its scoring began, its end in ns, and the pair."""
+    def decide(self, tokens: list[int]) -> tuple[tuple[int, int, int, int], Plan]:
+        """One decision, priced as ingresses do: when it, its lookup and its scoring began, its end
+        in ns, and the plan."""
         began = time.perf_counter_ns()
         keys = chain(ROOT_KEY, pack_tokens(tokens)[:-4], BLOCK_TOKENS)
         hashed = time.perf_counter_ns()
@@ -142,15 +172,24 @@ class Router:
         found = self.holdings.look("ingress", split_keys(b"".join(keys)))
         looked = time.perf_counter_ns()
         depths = deepest(found.depths, self.expected.depths(keys))
-        snapshot = self.pools.snapshot(Found(depths, found.taken), self.links).without(())
-        plan = choose(Question(len(tokens), snapshot, 0.5))
-        ended = time.perf_counter_ns()
-        return began, hashed, looked, ended, plan.prefill, plan.decode
+        held = Found(depths, found.taken, found.tiers)
+        snapshot = self.pools.snapshot(held, self.links, beat=self.beat).without(())
+        question = Question(
+            len(tokens),
+            snapshot,
+            PRICES.assumed_streams,
+            compute_price=PRICES.compute_price,
+            hysteresis=PRICES.hysteresis,
+            displaced_price=PRICES.displaced_price,
+        )
+        plan = choose(question)
+        return (began, hashed, looked, time.perf_counter_ns()), plan
 
     def round(self, decisions: int, seed: int) -> dict[str, object]:
         """Decisions, each behind one change of the blocks and one of the load of whom it chose."""
         prompts, churn = self.load.prompts(seed), self.churn
         spans, deciding, churning, churned_us = [], Longest(), Longest(), []
+        shapes: Counter[str] = Counter()
         for tokens, frames in zip(itertools.islice(prompts, decisions), churn, strict=False):
             before_ns = churning.spent_ns
             with churning:
@@ -158,17 +197,19 @@ class Router:
                     self.receive(replica, frame)
             churned_us.append((churning.spent_ns - before_ns) / 1e3)
             with deciding:
-                *at, prefill, decode = self.decide(tokens)
+                at, plan = self.decide(tokens)
             spans.append(at)
-            for name in (prefill, decode):
+            shapes[plan.shape] += 1
+            for name in (plan.prefill, plan.decode):
                 if name is not None:
-                    self.members[name].receive(decode_reply(self._load(), name))
+                    self.members[name].receive(decode_reply(self._load(self.rng), name))
         return {
             "decision_us": [(at[3] - at[0]) / 1e3 for at in spans],
             "hashing_us": [(at[1] - at[0]) / 1e3 for at in spans],
             "lookup_us": [(at[2] - at[1]) / 1e3 for at in spans],
             "scoring_us": [(at[3] - at[2]) / 1e3 for at in spans],
             "churn_us": churned_us,
+            "shapes": shapes,
             "longest_decision": deciding.shown(),
             "longest_churn": churning.shown(),
         }
@@ -190,8 +231,7 @@ class Router:
                 (change.removes_from, self.frame(change.removes_from, b"", removed)),
             ]
 
-    def _load(self) -> bytes:
-        rng = self.rng
+    def _load(self, rng: random.Random) -> bytes:
         pending = rng.choice((0, 0, rng.randrange(8000)))
         return encode(
             Load(
@@ -199,6 +239,7 @@ class Router:
                 running=rng.randrange(40),
                 pending_prefills=min(pending, 2),
                 pending_prefill_tokens=pending,
+                tiers={Tier.HOST: HOST, Tier.VAULT: VAULT} if self.load.kind == "tiered" else {},
             )
         )
 
@@ -207,7 +248,7 @@ def _name(index: int) -> str:
     return f"{'decode' if index % 2 else 'prefill'}-{index // 2}"
 
 
-def _replica(index: int, name: str, rng: random.Random) -> Replica:
+def _replica(index: int, name: str, rng: random.Random, lends: bool) -> Replica:
     slow = rng.uniform(0.8, 1.2)
     return Replica(
         name=name,
@@ -223,6 +264,8 @@ def _replica(index: int, name: str, rng: random.Random) -> Replica:
         max_num_seqs=64,
         prefill_samples=((512, 0, 0.02 * slow), (4096, 0, 0.2 * slow), (8192, 0, 0.45 * slow)),
         step_s=0.01 * slow,
+        peer_address=f"tcp://{name}" if lends else "",
+        room_tokens=10**5 if lends else 0,
     )
 
 
@@ -259,7 +302,7 @@ def main() -> None:
     freeze_start()
     prefer_this(core)
     collections = Collections()
-    router = Router(Workload(blocks, replicas, scattered=sys.argv[4:] == ["scattered"]))
+    router = Router(Workload(blocks, replicas, *sys.argv[4:]))
     for line in sys.stdin:
         order = json.loads(line)
         if order["do"] == "fill":

@@ -59,7 +59,7 @@ def _kept(whole: int) -> int:
 
 def _growth(points: list[dict[str, Any]], path: Path) -> None:
     figure, (by_blocks, by_replicas, memory) = plt.subplots(1, 3, figsize=(12, 4))
-    alike = [point for point in points if not point["scattered"]]
+    alike = [point for point in points if not point["kind"]]
     replicas, blocks = points[0]["replicas"], points[0]["blocks"]
     grown = sorted(
         (point for point in alike if point["replicas"] == replicas), key=lambda p: p["blocks"]
