@@ -4,7 +4,7 @@ Pricing 1,024 pairs one by one in Python takes milliseconds, pricing columns 20 
 replicas, decode replicas first, each pool by name. No array is ever changed in place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from kv.catalogue import Tier
 from kv.curve import LinkCurve
 
 if TYPE_CHECKING:
-    from router.snapshot import ReplicaView
+    from router.snapshot import ReplicaView, TierView
 
 Floats = NDArray[np.float64]
 
@@ -25,6 +25,7 @@ _ROWS = 10
 
 # The order in which an engine asks the tiers behind its paged KV.
 TIER_ORDER = tuple(tier for tier in Tier if tier is not Tier.DEVICE)
+TIER_AT: dict[Tier, int] = {tier: at for at, tier in enumerate(TIER_ORDER)}
 
 
 class LinkColumns(NamedTuple):
@@ -88,6 +89,58 @@ class TierColumns(NamedTuple):
         return columns
 
 
+class TierCosts:
+    """What fetching from each tier costs each replica, whatever the prompt; kept from one request
+    to the next, since looking through all replicas takes longer than pricing them."""
+
+    def __init__(self, replicas: int) -> None:
+        # Of exact blocks and of lossy ones; the latency is infinite where there is no such tier.
+        shape = (2, len(TIER_ORDER), replicas)
+        self._latency_s, self._per_byte_s = np.full(shape, np.inf), np.zeros(shape)
+
+    def set(self, place: int, tiers: Iterable["TierView"]) -> None:
+        """The tiers of the replica at this place."""
+        self._latency_s[:, :, place] = np.inf
+        for view in tiers:
+            at = TIER_AT[view.tier]
+            for lossy in (False, True):
+                curve = view.of(lossy)
+                self._latency_s[int(lossy), at, place] = curve.latency_s
+                self._per_byte_s[int(lossy), at, place] = curve.per_byte_s
+
+    def holding(self, tokens: Floats, lossy: bool) -> TierColumns | None:
+        """Where tiers hold so many leading tokens, (tiers, replicas) in `TIER_ORDER`; what a
+        replica has no tier for counts for nothing. None where nothing is held."""
+        latency_s, per_byte_s = self._latency_s[int(lossy)], self._per_byte_s[int(lossy)]
+        held = np.where(np.isfinite(latency_s), tokens, 0.0)
+        there: NDArray[np.bool_] = np.any(held, axis=1)
+        if not there.any():
+            return None
+        order = tuple(tier for tier, at in TIER_AT.items() if there[at])
+        held = held[there]
+        none = held == 0.0
+        latency_s, per_byte_s = latency_s[there], per_byte_s[there]
+        latency_s[none], per_byte_s[none] = np.inf, 0.0
+        return TierColumns(order, held, latency_s, per_byte_s)
+
+
+class Lending(NamedTuple):
+    """By replica: whether it lends blocks of its host tier, and how many tokens of one prompt it
+    takes in from elsewhere."""
+
+    lends: NDArray[np.bool_]
+    room_tokens: Floats
+
+    @classmethod
+    def of(
+        cls, names: Sequence[str], peers: Mapping[str, str], room_tokens: Mapping[str, int]
+    ) -> "Lending":
+        """Of replicas of these names; `peers` are those that lend."""
+        lends = np.array([name in peers for name in names], np.bool_)
+        room = [room_tokens.get(name, 0) if name in peers else 0 for name in names]
+        return cls(lends, np.array(room, np.float64))
+
+
 class Displaced(NamedTuple):
     """What new blocks push out of each replica's paged KV, float64 a replica.
 
@@ -129,7 +182,7 @@ class Columns(NamedTuple):
     prefill costs beside its compute; how many streams run; 1 where tiers hold what nobody was told
     of; and how many requests it has that give way. `hit_tokens` is float64 a replica. `tiers` is
     None where none holds more than the paged KV does, `displaced` where nothing is known to be
-    missed once it is pushed out.
+    missed once it is pushed out, `lending` where whoever made these left it to be found out.
     """
 
     names: tuple[str, ...]
@@ -139,6 +192,7 @@ class Columns(NamedTuple):
     hit_tokens: Floats
     tiers: TierColumns | None = None
     displaced: Displaced | None = None
+    lending: Lending | None = None
 
     @classmethod
     def of(

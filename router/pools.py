@@ -4,7 +4,7 @@ A row is made anew when its replica's load changes, which takes 8 us and is not 
 all rows when a replica came, went or drains; the columns of links when a pair was warmed or cooled.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -13,21 +13,22 @@ from kv.catalogue import Tier
 from kv.curve import LinkCurve
 from router.catalogue.wire import Beat, Found, Taken
 from router.columns import (
+    TIER_AT,
     TIER_ORDER,
     Columns,
     Displaced,
     Floats,
+    Lending,
     LinkColumns,
-    TierColumns,
+    TierCosts,
     load_of,
     loads_of,
 )
 from router.member import Member
-from router.snapshot import Pool, ReplicaView, Snapshot, TierTokens, TierView
+from router.snapshot import Pool, ReplicaView, Snapshot, TierView
 from workers.messages import LossyLoad, Role, TierLoad
 
 NOTHING = Taken()
-_NONE_HELD: TierTokens = {}
 _NO_BEAT = Beat()
 Pair = tuple[str, str]
 
@@ -49,7 +50,9 @@ class Pools:
         self._nodes: dict[str, list[Member]] = {}
         self._n_decode = 0
         self._block_tokens, self._kv_bytes_per_token = 1, 0
-        self._loads = loads_of(())
+        self._places_of_epochs: dict[str, int] = {}
+        self._loads, self._tier_costs = loads_of(()), TierCosts(0)
+        self._lending = Lending.of((), {}, {})
         self._curves: Mapping[tuple[str, str], LinkCurve] | None = None
         self._links = LinkColumns.of((), (), {})
         self._peers: Mapping[str, str] = {}
@@ -107,17 +110,23 @@ class Pools:
         hit_tokens = np.array(
             [depth_of(epoch, 0) * block_tokens for epoch in self._epochs], np.float64
         )
-        held, tiers = _NONE_HELD, None
+        tiers = None
         if found is not None and found.tiers:
-            held = self._held(found.tiers)
-            tiers = _tier_columns(rows, held, lossy)
+            tiers = self._tier_costs.holding(self._held_tokens(found.tiers), lossy)
         return Snapshot(
-            prefill=Pool(rows[n_decode:], hit_tokens[n_decode:], held, n_decode, lossy),
-            decode=Pool(rows[:n_decode], hit_tokens[:n_decode], held, 0, lossy),
+            prefill=Pool(rows[n_decode:], hit_tokens[n_decode:], tiers, n_decode, lossy),
+            decode=Pool(rows[:n_decode], hit_tokens[:n_decode], tiers, 0, lossy),
             links=curves,
             kv_bytes_per_token=self._kv_bytes_per_token,
             columns=Columns(
-                names, n_decode, loads, self._links, hit_tokens, tiers, self._displaces(beat)
+                names,
+                n_decode,
+                loads,
+                self._links,
+                hit_tokens,
+                tiers,
+                self._displaces(beat),
+                self._lending,
             ),
             blind=found is None,
             peers=self._peers,
@@ -138,20 +147,20 @@ class Pools:
             self._displaced = Displaced.of(*told)
         return self._displaced
 
-    def _held(self, tiers: Mapping[str, Mapping[Tier, int]]) -> dict[int, dict[Tier, int]]:
-        """Leading tokens that tiers hold, by the place of their replica."""
-        places = {epoch: place for place, epoch in enumerate(self._epochs) if epoch in tiers}
-        held = {
-            place: {tier: depth * self._block_tokens for tier, depth in tiers[epoch].items()}
-            for epoch, place in places.items()
-        }
-        # A vault is everybody's, whoever stored there.
-        vault_blocks = max(found.get(Tier.VAULT, 0) for found in tiers.values())
-        if vault_blocks:
-            for place, row in enumerate(self._rows):
-                if any(view.tier is Tier.VAULT for view in row.tiers):
-                    held.setdefault(place, {})[Tier.VAULT] = vault_blocks * self._block_tokens
-        return held
+    def _held_tokens(self, tiers: Mapping[str, Mapping[Tier, int]]) -> Floats:
+        """Leading tokens by tier and by the place of a replica. A vault is everybody's, whoever
+        stored there."""
+        tokens = np.zeros((len(TIER_ORDER), len(self._epochs)))
+        vault_blocks = 0
+        for epoch, depths in tiers.items():
+            place = self._places_of_epochs.get(epoch)
+            vault_blocks = max(vault_blocks, depths.get(Tier.VAULT, 0))
+            if place is not None:
+                for tier, depth in depths.items():
+                    tokens[TIER_AT[tier], place] = depth
+        tokens[TIER_AT[Tier.VAULT]] = vault_blocks
+        tokens *= self._block_tokens
+        return tokens
 
     def _with(self, others: Mapping[str, Taken]) -> tuple[list[ReplicaView], Floats]:
         """Rows and loads, with what other ingresses have sent on top."""
@@ -169,6 +178,7 @@ class Pools:
         place = self._places[member.name]
         self._rows[place] = row = self._row(member)
         self._loads[:, place] = load_of(row)
+        self._tier_costs.set(place, row.tiers)
 
     def _row(self, member: Member, others: Taken = NOTHING) -> ReplicaView:
         row = view_of(member, self._sent(member.replica.epoch), others)
@@ -197,10 +207,15 @@ class Pools:
         self._names = tuple(row.name for row in self._rows)
         self._epochs = tuple(member.replica.epoch for member in members)
         self._places = {name: place for place, name in enumerate(self._names)}
+        self._places_of_epochs = {epoch: place for place, epoch in enumerate(self._epochs)}
         self._loads, self._curves = loads_of(self._rows), None
+        self._tier_costs = TierCosts(len(members))
+        for place, row in enumerate(self._rows):
+            self._tier_costs.set(place, row.tiers)
         lenders = [member.replica for member in members if member.replica.peer_address]
         self._peers = {replica.name: replica.peer_address for replica in lenders}
         self._room_tokens = {replica.name: replica.room_tokens for replica in lenders}
+        self._lending = Lending.of(self._names, self._peers, self._room_tokens)
         # Both are the same on every replica of a cluster.
         self._block_tokens = members[0].replica.block_tokens if members else 1
         self._kv_bytes_per_token = members[0].replica.kv_bytes_per_token if decode else 0
@@ -270,15 +285,6 @@ def _as_known(member: Member, known: Member) -> dict[Tier, TierLoad]:
     own, other = tiers[Tier.VAULT], known.load.tiers[Tier.VAULT]
     told = TierLoad(own.blocks, own.unnamed, other.latency_s, other.per_byte_s, 0, other.lossy)
     return {**tiers, Tier.VAULT: told}
-
-
-def _tier_columns(rows: Sequence[ReplicaView], held: TierTokens, lossy: bool) -> TierColumns | None:
-    found = [
-        (place, view.tier, tokens.get(view.tier, 0), view.of(lossy))
-        for place, tokens in held.items()
-        for view in rows[place].tiers
-    ]
-    return TierColumns.of(found, len(rows))
 
 
 def _tiers(told: Mapping[Tier, TierLoad]) -> tuple[TierView, ...]:

@@ -2,12 +2,11 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import overload
 
 from kv.catalogue import Tier
 from kv.curve import LinkCurve, PrefillCurve
-from router.columns import Columns, Floats
+from router.columns import Columns, Floats, TierColumns
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +64,23 @@ class ReplicaView:
         return self.running * self.step_s * (self.max_num_seqs if full else 1)
 
 
-# Leading tokens of a prompt that tiers hold, by a replica's place among all.
-TierTokens = Mapping[int, Mapping[Tier, int]]
-
-
 class Pool(Sequence[ReplicaView]):
-    """Replicas of one role by name: rows that outlive a request, and its hits, float64 a row; the
-    place of the first one among all is `first`. A `lossy` request allows its blocks to be."""
+    """Replicas of one role by name: rows that outlive a request, and its hits, float64 a row, and
+    what tiers hold of it; the place of the first one among all is `first`. A `lossy` request allows
+    its blocks to be."""
 
-    __slots__ = ("_first", "_hit_tokens", "_lossy", "_rows", "_tier_tokens")
+    __slots__ = ("_first", "_hit_tokens", "_lossy", "_rows", "_tiers")
 
     def __init__(
         self,
         rows: Sequence[ReplicaView],
         hit_tokens: Floats,
-        tier_tokens: TierTokens = MappingProxyType({}),
+        tiers: TierColumns | None = None,
         first: int = 0,
         lossy: bool = False,
     ) -> None:
         self._rows, self._hit_tokens, self._lossy = rows, hit_tokens, lossy
-        self._tier_tokens, self._first = tier_tokens, first
+        self._tiers, self._first = tiers, first
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -97,14 +93,20 @@ class Pool(Sequence[ReplicaView]):
         places = range(len(self._rows))[at]
         if isinstance(places, range):
             return [self[place] for place in places]
-        row, held = self._rows[places], self._tier_tokens.get(self._first + places, {})
-        if not held and not self._lossy:
+        row = self._rows[places]
+        if self._tiers is None and not self._lossy:
             return replace(row, hit_tokens=int(self._hit_tokens[places]))
         tiers = tuple(
-            replace(view, curve=view.of(self._lossy), hit_tokens=held.get(view.tier, 0))
+            replace(view, curve=view.of(self._lossy), hit_tokens=self._held(view.tier, places))
             for view in row.tiers
         )
         return replace(row, hit_tokens=int(self._hit_tokens[places]), tiers=tiers)
+
+    def _held(self, tier: Tier, place: int) -> int:
+        tiers = self._tiers
+        if tiers is None or tier not in tiers.order:
+            return 0
+        return int(tiers.tokens[tiers.order.index(tier), self._first + place])
 
     def __iter__(self) -> Iterator[ReplicaView]:
         return (self[at] for at in range(len(self)))

@@ -12,7 +12,7 @@ import numpy as np
 
 from kv.catalogue import Tier
 from kv.fetch import GUESSES
-from router.columns import PER_TOKEN2_S, PER_TOKEN_S, Columns, Floats
+from router.columns import PER_TOKEN2_S, PER_TOKEN_S, Columns, Floats, Lending
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +38,12 @@ def lender(
 
     `addresses` are those of replicas that lend, by name.
     """
-    held = np.minimum(_held(columns), prompt_tokens - 1)
-    lenders = [
-        (-held[place], place)
-        for place, name in enumerate(columns.names)
-        if place != borrower and name in addresses
-    ]
-    if not lenders or columns.names[borrower] not in addresses:
+    lends = (columns.lending or Lending.of(columns.names, addresses, {})).lends
+    if not lends[borrower]:
         return None
-    _, place = min(lenders)
+    held = np.where(lends, np.minimum(_held(columns), prompt_tokens - 1), -1.0)
+    held[borrower] = -1.0
+    place = int(held.argmax())
     reach = int(held[place])
     span = reach - lacks_from
     saved_s = float(

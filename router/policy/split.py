@@ -30,6 +30,7 @@ from router.columns import (
     Columns,
     Displaced,
     Floats,
+    Lending,
     TierColumns,
 )
 from router.policy.question import Question
@@ -44,6 +45,8 @@ LEAST_COST_S = 0.1
 PATIENCE = 2.0
 # And in any case so long: a head that is predicted to take no time may wait for a step.
 LEAST_PATIENCE_S = 0.25
+# Between sums of the same numbers.
+_ROUNDING = 1e-9
 
 
 class Split(NamedTuple):
@@ -66,23 +69,38 @@ class Split(NamedTuple):
 
 class _Ends(NamedTuple):
     """Whom pairs are made of. `decode` and `prefill` are places; by place: the tokens that paged KV
-    holds, and with the host tier, the seconds to take the latter's out of there, what the whole
-    prompt would displace, and what each token of it. By decode replica: how many tokens it has room
-    for."""
+    and host tier hold, the seconds to take the latter's out of there, and what the whole prompt
+    would displace. By decode replica: how many tokens it has room for. By prefill replica: what a
+    head costs there."""
 
     decode: NDArray[np.intp]
     prefill: NDArray[np.intp]
-    hit_tokens: Floats
     has_tokens: Floats
     own_s: Floats
     pushed_s: Floats
-    pushed_per_token_s: Floats
     room_tokens: Floats
+    heads: "_Heads"
 
-    def with_more(self, tokens: Floats) -> "_Ends":
-        """Those pairs whose decode replica could get more than it has."""
-        more = tokens[self.decode] > self.has_tokens[self.decode]
-        return self._replace(decode=self.decode[more], room_tokens=self.room_tokens[more])
+    def only(self, some: NDArray[np.bool_]) -> "_Ends":
+        """With some of the decode replicas."""
+        return self._replace(decode=self.decode[some], room_tokens=self.room_tokens[some])
+
+
+class _Heads(NamedTuple):
+    """A head up to token m on each of some prefill replicas: it begins behind `has_tokens`, takes
+    `begin_s + per_token_s * m + per_token2_s * m^2` seconds there, and displaces
+    `pushed_per_token_s * m`; what that is too much is in `charged_s`."""
+
+    has_tokens: Floats
+    begin_s: Floats
+    per_token_s: Floats
+    per_token2_s: Floats
+    pushed_per_token_s: Floats
+    charged_s: Floats
+
+    def ideal(self) -> "_Heads":
+        """Of one replica that is nowhere worse than any of these."""
+        return _Heads(*(each.min(keepdims=True) for each in self))
 
 
 class _Priced(NamedTuple):
@@ -109,14 +127,32 @@ def better(
     if tiers is None or cost_s <= LEAST_COST_S:
         return None
     ends = _ends(question, columns, tiers, decode)
+    if not (ends.decode.size and ends.prefill.size):
+        return None
     found: Split | None = None
+    limit_s = cost_s * (1.0 - LEAST_GAIN)
     for place, tier in enumerate(tiers.order):
-        those = ends.with_more(tiers.tokens[place])
-        if tier is not Tier.HOST and those.decode.size and those.prefill.size:
+        if tier is Tier.HOST:
+            continue
+        those = _promising(question, columns.loads, tiers, ends, place, limit_s)
+        if those.decode.size:
             split = _cheapest(question, columns.loads, tiers, those, place)
-            if found is None or split.cost_s < found.cost_s:
-                found = split
-    return found if found is not None and found.cost_s < cost_s * (1.0 - LEAST_GAIN) else None
+            if split.cost_s < limit_s:
+                found, limit_s = split, split.cost_s
+    return found
+
+
+def _promising(
+    question: Question, loads: Floats, tiers: TierColumns, ends: _Ends, place: int, limit_s: float
+) -> _Ends:
+    """Without the decode replicas that could get nothing more from the tier at `place`, and those
+    whose splits cost `limit_s` or more with the best head that there could be: pricing one such
+    pair for each takes half as long as all pairs."""
+    those = ends.only(tiers.tokens[place, ends.decode] > ends.has_tokens[ends.decode])
+    if not those.decode.size:
+        return those
+    ideal = _priced(question, loads, tiers, those, place, those.heads.ideal())
+    return those.only(ideal.cost_s[:, 0] < limit_s * (1.0 + _ROUNDING))
 
 
 def plan(question: Question, columns: Columns, split: Split, rivals: tuple[Rival, ...]) -> Plan:
@@ -168,11 +204,11 @@ def _hints(address: str, split: Split) -> Hints:
 def _ends(question: Question, columns: Columns, tiers: TierColumns, decode: str | None) -> _Ends:
     """Both need the peer tier, and D room for what it takes in."""
     snapshot, names, n_decode = question.snapshot, columns.names, columns.n_decode
-    lends = [place for place, name in enumerate(names) if name in snapshot.peers]
-    wanted = (place for place in lends if place < n_decode and decode in (None, names[place]))
-    rooms = {place: snapshot.room_tokens.get(names[place], 0) for place in wanted}
-    ds = [place for place, room in rooms.items() if room]
-    ps = [place for place in lends if place >= n_decode]
+    lending = columns.lending or Lending.of(names, snapshot.peers, snapshot.room_tokens)
+    takes = lending.room_tokens[:n_decode] > 0.0
+    if decode is not None:
+        takes &= np.array([name == decode for name in names[:n_decode]])
+    ds, ps = np.flatnonzero(takes), np.flatnonzero(lending.lends[n_decode:]) + n_decode
     hit = has = np.minimum(columns.hit_tokens, question.prompt_tokens - 1)
     own_s = np.zeros(len(names))
     if Tier.HOST in tiers.order:
@@ -181,9 +217,29 @@ def _ends(question: Question, columns: Columns, tiers: TierColumns, decode: str 
         moving_s = tiers.per_byte_s[host] * more * snapshot.kv_bytes_per_token
         own_s = np.where(more > 0.0, tiers.latency_s[host] + moving_s, 0.0)
         has = has + more
-    room = np.array([float(rooms[place]) for place in ds])
-    pushed = _pushed(question, columns.displaced, question.prompt_tokens - hit)
-    return _Ends(np.array(ds, np.intp), np.array(ps, np.intp), hit, has, own_s, *pushed, room)
+    pushed_s, per_token_s = _pushed(question, columns.displaced, question.prompt_tokens - hit)
+    heads = _heads(question, columns.loads[:, ps], has[ps], own_s[ps], per_token_s[ps], hit[ps])
+    return _Ends(ds, ps, has, own_s, pushed_s, lending.room_tokens[ds], heads)
+
+
+def _heads(
+    question: Question,
+    loads: Floats,
+    has_tokens: Floats,
+    own_s: Floats,
+    pushed_per_token_s: Floats,
+    hit_tokens: Floats,
+) -> _Heads:
+    """Of prefill replicas with these columns."""
+    computing_s = _compute_s(loads, 0.0, has_tokens)
+    return _Heads(
+        has_tokens,
+        loads[QUEUE_S] + own_s + computing_s,
+        loads[PER_TOKEN_S],
+        loads[PER_TOKEN2_S],
+        pushed_per_token_s,
+        question.compute_price * computing_s - pushed_per_token_s * hit_tokens,
+    )
 
 
 def _pushed(
@@ -201,7 +257,7 @@ def _cheapest(
     question: Question, loads: Floats, tiers: TierColumns, ends: _Ends, place: int
 ) -> Split:
     """The cheapest split whose tail comes from the tier at `place`."""
-    priced = _priced(question, loads, tiers, ends, place)
+    priced = _priced(question, loads, tiers, ends, place, ends.heads)
     i, j = divmod(int(priced.cost_s.argmin()), len(ends.prefill))
     d, p = int(ends.decode[i]), int(ends.prefill[j])
     head_s = float(priced.sides.head(priced.at)[i, j])
@@ -223,15 +279,19 @@ def _cheapest(
 
 
 def _priced(
-    question: Question, loads: Floats, tiers: TierColumns, ends: _Ends, place: int
+    question: Question,
+    loads: Floats,
+    tiers: TierColumns,
+    ends: _Ends,
+    place: int,
+    heads: _Heads,
 ) -> _Priced:
     n, block, price = question.prompt_tokens, question.snapshot.block_tokens, question.compute_price
-    of_d, of_p = loads[:, ends.decode], loads[:, ends.prefill]
-    has_d, has_p = ends.has_tokens[ends.decode], ends.has_tokens[ends.prefill]
+    of_d, has_d = loads[:, ends.decode], ends.has_tokens[ends.decode]
     reach = np.floor(np.minimum(tiers.tokens[place, ends.decode], n - 1) / block) * block
-    sides = _sides(question, loads, tiers, ends, place, reach)
+    sides = _sides(question, of_d, tiers, ends, place, reach, heads)
     # At least a block is computed by P, and a block fetched.
-    low = np.floor(np.maximum(has_d[:, None], has_p) / block) * block + block
+    low = np.floor(np.maximum(has_d[:, None], heads.has_tokens) / block) * block + block
     high = (reach - block)[:, None]
     at = best_split(sides, low, high, block)
     rest_s = _compute_s(of_d, n, reach) + ends.own_s[ends.decode]
@@ -239,31 +299,34 @@ def _priced(
     weight = 1.0 + price + np.maximum(of_d[RUNNING], question.assumed_streams)
     beside_s = weight * rest_s + of_d[OWN_S] - of_d[QUEUE_S]
     beside_s += ends.pushed_s[ends.decode]
-    cost_s = sides.cost(at) + beside_s[:, None] + price * _compute_s(of_p, 0.0, has_p)
-    cost_s -= ends.pushed_per_token_s[ends.prefill] * ends.hit_tokens[ends.prefill]
+    cost_s = sides.cost(at) + beside_s[:, None] + heads.charged_s
     cost_s[(low > high) | (reach - has_d > ends.room_tokens)[:, None]] = np.inf
     return _Priced(sides, at, cost_s, reach, rest_s)
 
 
 def _sides(
-    question: Question, loads: Floats, tiers: TierColumns, ends: _Ends, place: int, reach: Floats
+    question: Question,
+    of_d: Floats,
+    tiers: TierColumns,
+    ends: _Ends,
+    place: int,
+    reach: Floats,
+    heads: _Heads,
 ) -> Sides:
     """Seconds as the split moves; the tail's begin behind what D computes for others."""
-    d, p, token_bytes = ends.decode, ends.prefill, question.snapshot.kv_bytes_per_token
-    peer_s = GUESSES[Tier.PEER].per_byte_s * token_bytes
+    d, token_bytes = ends.decode, question.snapshot.kv_bytes_per_token
+    peer_s, price = GUESSES[Tier.PEER].per_byte_s * token_bytes, question.compute_price
     tier_s = (tiers.per_byte_s[place, d] * token_bytes)[:, None]
-    begin_s = loads[QUEUE_S, p] + ends.own_s[p] + _compute_s(loads[:, p], 0.0, ends.has_tokens[p])
     handoff_s = GUESSES[Tier.PEER].latency_s - peer_s * ends.has_tokens[d]
-    tail_s = loads[QUEUE_S, d] + tiers.latency_s[place, d]
+    tail_s = of_d[QUEUE_S] + tiers.latency_s[place, d]
     return Sides(
-        head_s=begin_s + handoff_s[:, None],
-        head_per_token_s=loads[PER_TOKEN_S, p] + peer_s,
-        head_per_token2_s=loads[PER_TOKEN2_S, p],
+        head_s=heads.begin_s + handoff_s[:, None],
+        head_per_token_s=heads.per_token_s + peer_s,
+        head_per_token2_s=heads.per_token2_s,
         tail_s=tail_s[:, None] + tier_s * reach[:, None],
         tail_per_token_s=tier_s,
-        price_per_token_s=question.compute_price * loads[PER_TOKEN_S, p]
-        + ends.pushed_per_token_s[p],
-        price_per_token2_s=question.compute_price * loads[PER_TOKEN2_S, p],
+        price_per_token_s=price * heads.per_token_s + heads.pushed_per_token_s,
+        price_per_token2_s=price * heads.per_token2_s,
     )
 
 
