@@ -10,19 +10,17 @@ its last reader's lease ends. Not for several threads at once.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from math import inf, isnan
 
 from kv.errors import VaultError
 from kv.eviction import Entry, Leaves, Policy
+from kv.vault.ends import Ends
 from kv.vault.integrity import check
 from kv.vault.orders import Cause, Lent, Outcome, Put, Quotas, Refusal, Removed, Verdict
 from kv.vault.past import Past
 
 # How long a writer has for one block.
 WRITE_S = 30.0
-# Ends that are watched before those of blocks that have gone are looked for.
-_ENDS_FLOOR = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +49,7 @@ class Ledger:
         self._tenant_leaves: dict[str, Leaves] = {}
         self._leased: dict[str, set[bytes]] = {}  # by owner
         self._pinned: dict[str, set[bytes]] = {}  # by owner
-        self._ends: list[tuple[float, bytes]] = []
-        self._ends_limit = _ENDS_FLOOR
+        self._ends = Ends(self._everywhere)
         self._removed: list[Removed] = []
         self._now_s = -inf
 
@@ -130,7 +127,7 @@ class Ledger:
             if end_s > max(self._now_s, entry.leases.get(owner, -inf)):
                 entry.leases[owner] = end_s
                 self._leased.setdefault(owner, set()).add(key)
-                self._watch(end_s, key)
+                self._ends.watch(end_s, key)
             self._weigh(entry)
         return Lent(depth, self._drained())
 
@@ -213,7 +210,7 @@ class Ledger:
             return self._answer(Outcome.REFUSED, full.detail, full.refusal)
         entry.writer, entry.writer_end_s = put.writer, self._now_s + self._write_s
         self._enter(entry)
-        self._watch(entry.writer_end_s, entry.key)
+        self._ends.watch(entry.writer_end_s, entry.key)
         self._expire_at(entry, self._now_s + put.ttl_s)
         return self._answer(Outcome.WRITE)
 
@@ -374,33 +371,17 @@ class Ledger:
 
     def _expire_at(self, entry: Entry, expires_s: float) -> None:
         entry.expires_s = expires_s
-        self._watch(expires_s, entry.key)
+        self._ends.watch(expires_s, entry.key)
 
-    def _watch(self, end_s: float, key: bytes) -> None:
-        if end_s == inf:
-            return
-        heappush(self._ends, (end_s, key))
-        if len(self._ends) > self._ends_limit:
-            self._rewatch()
-
-    def _rewatch(self) -> None:
-        """Leave out the ends of what went earlier; seldom enough to cost O(1) for each end."""
-        everywhere = [*self._entries.values(), *(entry for entry, _ in self._leaving.values())]
-        self._ends = [
-            (end_s, entry.key)
-            for entry in everywhere
-            for end_s in (entry.expires_s, entry.writer_end_s, *entry.leases.values())
-            if end_s < inf
-        ]
-        heapify(self._ends)
-        self._ends_limit = max(_ENDS_FLOOR, 2 * len(self._ends), len(everywhere))
+    def _everywhere(self) -> list[Entry]:
+        """What has a name, and what is still read without one."""
+        return [*self._entries.values(), *(entry for entry, _ in self._leaving.values())]
 
     def _advance(self, now_s: float) -> None:
         if isnan(now_s):
             raise VaultError("vault clock", f"{now_s} s", "give a number")
         self._now_s = max(self._now_s, now_s)
-        while self._ends and self._ends[0][0] <= self._now_s:
-            _, key = heappop(self._ends)
+        for key in self._ends.due(self._now_s):
             if key in self._entries or key in self._leaving:
                 self._settle(self._anywhere(key))
 

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kv.errors import VaultError
 from kv.eviction import Lru, Policy, ValueDensity
+from kv.vault.ends import Ends
 from kv.vault.ledger import Ledger
 from kv.vault.orders import Cause, Outcome, Put, Quotas, Refusal, Removed, Verdict
 
@@ -417,14 +418,14 @@ def test_looking_for_ends_that_passed_costs_each_put_a_constant(
 ) -> None:
     """However many blocks are stored without an end of their own."""
     looked = 0
-    rewatch = Ledger._rewatch
+    rewatch = Ends._rewatch
 
-    def counted(ledger: Ledger) -> None:
+    def counted(ends: Ends) -> None:
         nonlocal looked
-        looked += len(ledger)
-        rewatch(ledger)
+        looked += len(ends._there())
+        rewatch(ends)
 
-    monkeypatch.setattr(Ledger, "_rewatch", counted)
+    monkeypatch.setattr(Ends, "_rewatch", counted)
     ledger = shard(8_000)
     for at in range(8_000):
         store(ledger, b"a" + at.to_bytes(4, "big"), at * 1e-6)
