@@ -4,49 +4,36 @@ Two processes share one core and take turns: the router's own code (`decision_ou
 in-process SelectionService (`decision_dynamo.py`), on the same prompts, holders and churn
 (`decision_load.py`). Each holds all of its blocks all the time. A decision is all between the token
 list and the plan: packing, hashing, lookup, the snapshot with what changed since the last one,
-pricing. Alone: `python benchmarks/serve/decision.py [--quick]`.
+pricing.
 """
 
-import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
+
+from benchmarks.result import Row
+from benchmarks.serve.decision_rows import DYNAMO, MILLION, Point, dynamo, growth, ours, point_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 RESULT = RESULTS / "decision.json"
-DYNAMO = "ai-dynamo-runtime==1.6.1"
 DYNAMO_NEEDS = (DYNAMO, "pyzmq", "msgspec", "xxhash", "psutil")
 CORE = max(os.sched_getaffinity(0))
-MILLION = 1_000_000
 # Decisions that only warm caches and branch predictors, before any are counted.
 WARM_UP = 500
 # A fill of 30 M blocks on a busy machine takes minutes.
 ANSWER_S = 900.0
-# What the planner may take where it searches split points.
-SPLIT_US = 400.0
-KINDS = {
-    "": "",
-    "scattered": ", holders at depths of their own",
-    "tiered": ", split points searched",
-}
-
-
-# Blocks, replicas, and the kind of load (decision_load.py).
-Point = tuple[int, int, str]
 
 
 @dataclass(frozen=True)
@@ -79,18 +66,6 @@ QUICK = Scale(
     rounds=3,
     decisions=800,
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure; `target` is None where none was asked for, `value` where it was not measured."""
-
-    name: str
-    value: float | None
-    unit: str
-    target: float | None
-    ok: bool
-    detail: str = ""
 
 
 class Absent(Exception):
@@ -141,51 +116,50 @@ def working(python: str, script: str, point: Point) -> Iterator[Worker]:
         worker.close()
 
 
-def measure(quick: bool, dynamo_python: str | None = None) -> list[Row]:
+def measure(quick: bool) -> list[Row]:
     """Every row of the decision; writes them with the raw series, and draws the plots.
 
     A quick run writes a file of its own and draws nothing.
     """
     scale = QUICK if quick else FULL
-    raw = _measured(scale, dynamo_python)
-    rows = [*_ours(raw["main"]), *_dynamo(raw["main"]), *_growth(raw["points"])]
+    raw = _measured(scale)
+    rows = [*ours(raw["main"]), *dynamo(raw["main"]), *growth(raw["points"])]
     _write(rows, raw, RESULTS / "decision-quick.json" if quick else RESULT)
     if not quick:
         plot()
     return rows
 
 
-def _measured(scale: Scale, dynamo_python: str | None) -> dict[str, Any]:
+def _measured(scale: Scale) -> dict[str, Any]:
     main = {"point": scale.main, "ours": [], "dynamo": [], "absent": None}
-    with working(sys.executable, "decision_ours.py", scale.main) as ours:
-        main["fill"] = ours.ask("fill")
+    with working(sys.executable, "decision_ours.py", scale.main) as worker:
+        main["fill"] = worker.ask("fill")
         try:
-            python = dynamo_python or dynamo_environment()
-            with working(python, "decision_dynamo.py", scale.main) as dynamo:
-                main["dynamo_fill"] = dynamo.ask("fill")
-                _rounds(scale, main, ours, dynamo)
+            with working(dynamo_environment(), "decision_dynamo.py", scale.main) as theirs:
+                main["dynamo_fill"] = theirs.ask("fill")
+                _rounds(scale, main, worker, theirs)
         except Absent as absent:
             main["absent"], main["dynamo"], main["ours"] = str(absent), [], []
-            _rounds(scale, main, ours, None)
-        main["restart"] = ours.ask("restart")
-    points = [_point(scale.main, main["fill"], main["ours"])]
+            _rounds(scale, main, worker, None)
+        main["restart"] = worker.ask("restart")
+    points = [point_of(scale.main, main["fill"], main["ours"])]
     for point in scale.growth:
-        with working(sys.executable, "decision_ours.py", point) as ours:
-            fill = ours.ask("fill")
-            ours.ask("round", decisions=WARM_UP, seed=0)
+        with working(sys.executable, "decision_ours.py", point) as worker:
+            fill = worker.ask("fill")
+            worker.ask("round", decisions=WARM_UP, seed=0)
             rounds = [
-                ours.ask("round", decisions=scale.decisions, seed=seed)
+                worker.ask("round", decisions=scale.decisions, seed=seed)
                 for seed in range(1, min(3, scale.rounds) + 1)
             ]
-            points.append(_point(point, fill, rounds))
+            points.append(point_of(point, fill, rounds))
     return {"main": main, "points": points, "load_average": os.getloadavg()}
 
 
-def _rounds(scale: Scale, main: dict[str, Any], ours: Worker, dynamo: Worker | None) -> None:
+def _rounds(scale: Scale, main: dict[str, Any], own: Worker, theirs: Worker | None) -> None:
     """In turns, so that whatever else the machine does meets both."""
     for seed in range(scale.rounds + 1):
         decisions = scale.decisions if seed else WARM_UP
-        for name, worker in (("ours", ours), ("dynamo", dynamo)):
+        for name, worker in (("ours", own), ("dynamo", theirs)):
             if worker is not None:
                 # Dynamo decides twice a round, by tokens and by hashes.
                 wanted = decisions if name == "ours" else decisions // 2
@@ -219,164 +193,6 @@ def _has_dynamo(python: Path) -> bool:
         and subprocess.run([str(python), "-c", probe], capture_output=True, check=False).returncode
         == 0
     )
-
-
-# ------------------------------------------------------------------ rows
-
-
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def _of_rounds(rounds: list[dict[str, Any]], series: str, share: float) -> list[float]:
-    return [percentile(each[series], share) for each in rounds]
-
-
-def _rate(each: dict[str, Any], *series: str) -> float:
-    """Decisions a second of the time that these took."""
-    spent_us = sum(sum(each[name]) for name in series)
-    return len(each[series[0]]) / spent_us * 1e6
-
-
-def row(
-    name: str,
-    values: list[float],
-    unit: str,
-    target: float | None = None,
-    at_least: bool = False,
-    detail: str = "",
-) -> Row:
-    """The median of repeats, with their spread."""
-    value = median(values)
-    ok = target is None or (value >= target if at_least else value <= target)
-    if len(values) > 1:
-        spread = f"{min(values):.4g} to {max(values):.4g} over {len(values)} repeats"
-        detail = f"{spread}; {detail}" if detail else spread
-    return Row(name, round(value, 2), unit, target, ok, detail)
-
-
-def _ours(main: dict[str, Any]) -> list[Row]:
-    rounds, fill, (blocks, replicas, _) = main["ours"], main["fill"], main["point"]
-    at = f"{blocks / MILLION:g} M blocks, {replicas} replicas"
-    with_churn = median(_rate(each, "decision_us", "churn_us") for each in rounds)
-    parts = ("hashing", "lookup", "scoring")
-    shares = [
-        row(f"decision: {part} p50", _of_rounds(rounds, f"{part}_us", 0.5), "us") for part in parts
-    ]
-    return [
-        row("decision p50", _of_rounds(rounds, "decision_us", 0.5), "us", detail=at),
-        row("decision p99", _of_rounds(rounds, "decision_us", 0.99), "us", 150.0, detail=at),
-        row(
-            "decisions on one core",
-            [_rate(each, "decision_us") for each in rounds],
-            "1/s",
-            8000.0,
-            at_least=True,
-            detail=f"{with_churn:.0f}/s with the churn that is taken in between them",
-        ),
-        *shares,
-        _stall(main),
-        row("catalogue memory", [fill["bytes_a_block"]], "B/block", 130.0, detail=at),
-        row(
-            "event ingest",
-            [fill["ingest_blocks_s"]],
-            "blocks/s",
-            500_000.0,
-            at_least=True,
-            detail="Blocks messages decoded from msgpack and applied, while filling",
-        ),
-    ]
-
-
-def _stall(main: dict[str, Any]) -> Row:
-    steps = {
-        "filling": main["fill"],
-        "churn": _longest(main["ours"], "longest_churn"),
-        "decision": _longest(main["ours"], "longest_decision"),
-        "sweep of a shard": main["restart"],
-    }
-    longest = max(steps, key=lambda name: steps[name]["longest_ms"])
-    told = ", ".join(
-        f"{name} {step['longest_ms']:.2f} ({step['longest_cpu_ms']:.2f} on the core)"
-        for name, step in steps.items()
-    )
-    collected = max(each["gc_longest_ms"] for each in [main["fill"], *main["ours"]])
-    detail = f"longest step: {told} ms; longest garbage collection {collected:.2f} ms"
-    return row("longest stall", [steps[longest]["longest_ms"]], "ms", 5.0, detail=detail)
-
-
-def _longest(rounds: list[dict[str, Any]], name: str) -> dict[str, float]:
-    return {
-        field: max(each[name][field] for each in rounds)
-        for field in ("longest_ms", "longest_cpu_ms")
-    }
-
-
-def _dynamo(main: dict[str, Any]) -> list[Row]:
-    names = ("rate against Dynamo's", "rate against Dynamo's with hashes passed in")
-    if main["absent"]:
-        why = f"not measured: {main['absent']}"
-        return [
-            Row(names[0], None, "x", 2.5, False, why),
-            Row(names[1], None, "x", None, True, why),
-        ]
-    ours, theirs = main["ours"], main["dynamo"]
-    pairs = list(zip(ours, theirs, strict=True))
-    rows = []
-    for kind, series in (("tokens", "decision_us"), ("hashes", "hashes_us")):
-        name = f"Dynamo decision by {kind}"
-        rows += [
-            row(f"{name} p50", _of_rounds(theirs, series, 0.5), "us"),
-            row(f"{name} p99", _of_rounds(theirs, series, 0.99), "us"),
-            row(f"{name}, rate", [_rate(each, series) for each in theirs], "1/s"),
-        ]
-    by_tokens = [_rate(a, "decision_us") / _rate(b, "decision_us") for a, b in pairs]
-    by_hashes = [_rate(a, "decision_us") / _rate(b, "hashes_us") for a, b in pairs]
-    return [
-        *rows,
-        row(names[0], by_tokens, "x", 2.5, at_least=True, detail=f"SelectionService of {DYNAMO}"),
-        row(names[1], by_hashes, "x", detail="ours still hashes the tokens itself"),
-        row("Dynamo memory", [main["dynamo_fill"]["bytes_a_block"]], "B/block"),
-    ]
-
-
-def _point(point: Point, fill: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    shapes = Counter[str]()
-    for each in rounds:
-        shapes.update(each["shapes"])
-    return {
-        "blocks": point[0],
-        "replicas": point[1],
-        "kind": point[2],
-        "shapes": shapes,
-        "bytes_a_block": fill["bytes_a_block"],
-        "ingest_blocks_s": fill["ingest_blocks_s"],
-        "fill_longest_ms": fill["longest_ms"],
-        "fill_longest_cpu_ms": fill["longest_cpu_ms"],
-        "p50_us": _of_rounds(rounds, "decision_us", 0.5),
-        "p99_us": _of_rounds(rounds, "decision_us", 0.99),
-    }
-
-
-def _growth(points: list[dict[str, Any]]) -> list[Row]:
-    rows = []
-    for point in points[1:]:
-        name = f"decision p99 at {point['blocks'] / MILLION:g} M x {point['replicas']}"
-        name += KINDS[point["kind"]]
-        detail = (
-            f"p50 {median(point['p50_us']):.0f} us, {point['bytes_a_block']:.0f} B/block, "
-            f"{point['ingest_blocks_s']:.0f} blocks/s, longest step of filling "
-            f"{point['fill_longest_ms']:.2f} ms ({point['fill_longest_cpu_ms']:.2f} on the core)"
-        )
-        tiered = point["kind"] == "tiered"
-        if tiered:
-            planned, of_all = point["shapes"], sum(point["shapes"].values())
-            told = (f"{name} {100 * n / of_all:.0f} %" for name, n in sorted(planned.items()))
-            detail = f"{', '.join(told)}; {detail}"
-        target = SPLIT_US if tiered else None
-        rows.append(row(name, point["p99_us"], "us", target, detail=detail))
-    return rows
 
 
 # ------------------------------------------------------------------ what is kept
@@ -429,31 +245,7 @@ def _cpu_model() -> str:
 
 
 def plot() -> None:
-    """The plots of what was last measured; without matplotlib, none."""
-    try:
-        import decision_plots
-    except ImportError as error:
-        print(f"no plots: {error}; install matplotlib and run with --plot", file=sys.stderr)
-        return
+    """The plots of what was last measured."""
+    from benchmarks.serve import decision_plots
+
     decision_plots.draw(json.loads(RESULT.read_text()), RESULTS)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="1 M blocks, in half a minute")
-    parser.add_argument("--dynamo-python", help=f"a Python that has {', '.join(DYNAMO_NEEDS)}")
-    parser.add_argument("--plot", action="store_true", help="draw the last results again")
-    options = parser.parse_args()
-    if options.plot:
-        plot()
-        return 0
-    for each in measure(options.quick, options.dynamo_python):
-        target = "" if each.target is None else f" (target {each.target:g})"
-        value = "-" if each.value is None else f"{each.value:g}"
-        verdict = "ok  " if each.ok else "MISS"
-        print(f"{verdict} {each.name}: {value} {each.unit}{target}  {each.detail}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
