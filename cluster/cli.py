@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add(commands, "status", _status, "what runs: replicas, load, cache, links")
     _add(commands, "doctor", _doctor, "what is wrong with this machine or cluster, and the remedy")
+    _add_batch(commands)
     _add_restart(commands)
     _add_policy(commands)
     _add_explain(commands)
@@ -65,6 +66,19 @@ def _add_serve(commands: Any) -> None:
         help="an option of vLLM's, for every engine and the API server; may be repeated",
     )
     serve.set_defaults(run=_serve)
+
+
+def _add_batch(commands: Any) -> None:
+    about = "send a file of requests as work that nobody waits for; run again, it goes on"
+    batch = commands.add_parser("batch", help=about)
+    batch.add_argument("requests", type=Path, metavar="IN", help="JSON lines, as OpenAI's batches")
+    batch.add_argument("answers", type=Path, metavar="OUT", help="where answers are added")
+    batch.add_argument(
+        "--concurrency", type=_count, default=32, metavar="N", help="at once; 32 by default"
+    )
+    batch.add_argument("--url", help="of another cluster than this machine's")
+    batch.add_argument("--json", action="store_true", help="for programs")
+    batch.set_defaults(run=_batch)
 
 
 def _add_restart(commands: Any) -> None:
@@ -188,6 +202,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     from cluster.launch import serve
 
     return serve(load(arguments.config, _overrides(arguments)))
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    from cluster.batch import Asked, batch
+
+    files = (arguments.requests, arguments.answers)
+    return batch(Asked(*files, arguments.concurrency, arguments.url, arguments.json))
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:

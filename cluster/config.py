@@ -190,6 +190,11 @@ def admin_key() -> str | None:
     return os.environ.get("BREAKEVEN_ADMIN_KEY") or None
 
 
+def api_key() -> str | None:
+    """What `batch` shows to a cluster that has keys."""
+    return os.environ.get("BREAKEVEN_API_KEY") or None
+
+
 def cache_dir() -> Path:
     """Where models and the state of running clusters are kept."""
     return Path(os.environ.get("BREAKEVEN_CACHE") or default_cache()).resolve()

@@ -12,6 +12,7 @@ ClusterError
 ├── PlotError           a picture that cannot be drawn
 ├── AuditFileError      an audit that cannot be read
 ├── UnknownRequestError a request that no audit has
+├── BatchFileError      a file of requests or answers that is not a batch's
 ├── RefusedError        the cluster did not take an order
 └── NotRunningError     a command needs a running cluster and found none
 
@@ -136,6 +137,18 @@ class UnknownRequestError(ClusterError):
             f"no request {self.request_id!r} is known: {self.searched}; ids are in the response "
             "header x-request-id, and --file reads other audits"
         )
+
+
+class BatchFileError(ClusterError):
+    """A file that holds no batch's requests or answers, or cannot be used; line 0 is all of it."""
+
+    def __init__(self, path: str, line: int, complaint: str) -> None:
+        super().__init__(path, line, complaint)
+        self.path, self.line, self.complaint = path, line, complaint
+
+    def __str__(self) -> str:
+        place = f"{self.path}, line {self.line}" if self.line else self.path
+        return f"{place}: {self.complaint}"
 
 
 class RefusedError(ClusterError):
