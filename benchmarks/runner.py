@@ -1,8 +1,9 @@
 """What `make bench-serve` and `make bench-tiers` have in common: parts, measured one by one.
 
 Each part is a module with `measure(quick) -> list[Row]`. A part that is done at this commit is not
-measured again, nor is what an interrupted one had measured; `--fresh` forgets both. With QUICK=1
-a smoke run of every part.
+measured again, nor is what an interrupted one had measured; `--fresh` forgets both. A part that
+takes hours may have `measured(quick)`, too, rows of what there is so far (`--measured`). With
+QUICK=1 a smoke run of every part.
 """
 
 import argparse
@@ -44,18 +45,18 @@ def main(suite: Suite, told: str | None) -> int:
     # As Ctrl-C: the servers that were started are ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _run(suite, quick, arguments.only, arguments.fresh)
+        return _run(suite, quick, arguments)
     except KeyboardInterrupt:
         print("stopped; run it again to go on behind what is measured", file=sys.stderr)
         return 130
 
 
-def _run(suite: Suite, quick: bool, asked: list[str], fresh: bool) -> int:
+def _run(suite: Suite, quick: bool, arguments: argparse.Namespace) -> int:
     parts: dict[str, list[Row]] = {}
     failed = []
     for part in suite.parts:
         try:
-            if rows := _rows(suite, part, quick, part in asked, fresh):
+            if rows := _rows(suite, part, quick, part in arguments.only, arguments):
                 parts[part] = rows
         except Exception as error:  # one part's edge: the others are measured all the same
             failed.append(part)
@@ -85,16 +86,23 @@ def _parser(suite: Suite, asked: list[str], told: str | None) -> argparse.Argume
         "others show what they have",
     )
     parser.add_argument("--fresh", action="store_true", help="measure again what is measured")
+    parser.add_argument(
+        "--measured", action="store_true", help="rows of what is measured, if a part has such"
+    )
     return parser
 
 
-def _rows(suite: Suite, part: str, quick: bool, asked: bool, fresh: bool) -> list[Row]:
+def _rows(
+    suite: Suite, part: str, quick: bool, asked: bool, arguments: argparse.Namespace
+) -> list[Row]:
     """A part's rows: kept ones of this commit, or measured now if that is asked."""
     name = f"benchmarks.{suite.folder.name}.{part}"
     if importlib.util.find_spec(name) is None:
         print(f"==> {part}: not there", flush=True)
         return []
-    if asked and fresh:
+    if asked and arguments.measured:
+        return list(importlib.import_module(name).measured(quick))
+    if asked and arguments.fresh:
         for kept_as in (part, f"{part}.rows"):
             (raw_folder(suite.results, quick) / f"{kept_as}.json").unlink(missing_ok=True)
     store = Store(str(suite.folder / f"{part}.rows.py"), quick)

@@ -8,17 +8,23 @@ this very grid: nobody could tune it better.
 
 Who loses a cell's first round clearly is measured once there. Each sample is checked: fetching took
 the whole prefix from the vault, and computing nothing of it.
+
+All links take hours, and every ratio is of one cell. So a link that was measured whole stays, at
+whichever commit, until its file is removed, and the rows say of which commits they are.
 """
 
+import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks.breakeven.cells import COMPUTE, OURS, POLICIES, Cell, rows
 from benchmarks.breakeven.far_vault import FarVault, Room, Sample, Way, by_cluster, far_vault
-from benchmarks.result import Row, Store
+from benchmarks.result import Row, Store, raw_folder, shown
 
 _TRIES = 3
 # A policy that took so many times as long as the best of a cell's first round is not measured
@@ -41,7 +47,7 @@ _SHARED = Way("shared memory", together=True)
 _SLOWER = (Way("1 Gbit/s", 1e9), Way("200 Mbit/s", 2e8), Way("50 Mbit/s", 5e7))
 _LATER = Way("1 Gbit/s, +20 ms", 1e9, 0.01)
 FULL = Size(
-    (_SHARED, *_SLOWER, _LATER),
+    (_SHARED, _LATER, *_SLOWER),
     (256, 512, 1024, 2048, 4096, 6144),
     (32, 512),
     3,
@@ -51,16 +57,47 @@ QUICK = Size((_SLOWER[2],), (256, 1024), (32,), 1, Room(1024, ("raw",), 1 << 27,
 
 
 def measure(quick: bool) -> list[Row]:
-    """Rows of this part; cells that were measured at this commit are not measured again."""
-    size, store = QUICK if quick else FULL, Store(__file__, quick)
-    for alike in by_cluster(size.ways):
-        wanted = {way: [key for key in _keys(size, way) if key not in store] for way in alike}
+    """Rows of this part; links that were measured whole, and cells that were at this commit, are
+    not measured again."""
+    size = QUICK if quick else FULL
+    for alike in by_cluster([way for way in size.ways if not _whole(size, way, quick)]):
+        stores = {way: Store(_named(way), quick) for way in alike}
+        wanted = {w: [key for key in _keys(size, w) if key not in stores[w]] for w in alike}
         if any(wanted.values()):
             with far_vault(alike[0], size.room, quick) as vault:
                 for way, keys in wanted.items():
-                    _take(vault, size, way, keys, store)
-    kept = (store.kept(key) for way in size.ways for key in _keys(size, way))
-    return rows([cell_of(told) for told in kept])
+                    _take(vault, size, way, keys, stores[way])
+    return measured(quick)
+
+
+def measured(quick: bool) -> list[Row]:
+    """Rows of the links that were measured whole."""
+    size = QUICK if quick else FULL
+    whole = {way: found for way in size.ways if (found := _whole(size, way, quick))}
+    told = ", ".join(f"{way.name} at {kept['commit']}" for way, kept in whole.items())
+    return [shown("links", len(whole), f"of {len(size.ways)}", told), *rows(cells(quick))]
+
+
+def cells(quick: bool) -> list[Cell]:
+    """Those of the links that were measured whole."""
+    size = QUICK if quick else FULL
+    kept = [found for way in size.ways if (found := _whole(size, way, quick))]
+    return [cell_of(told) for found in kept for told in found["results"].values()]
+
+
+def _whole(size: Size, way: Way, quick: bool) -> dict[str, Any] | None:
+    """What was kept of a link, if that is all of its cells."""
+    path = raw_folder(Path(__file__).parent / "results", quick) / f"{Path(_named(way)).stem}.json"
+    if not path.exists():
+        return None
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return kept if all(key in kept["results"] for key in _keys(size, way)) else None
+
+
+def _named(way: Way) -> str:
+    """As the module of a part of its own, for `Store`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", way.name.lower()).strip("-")
+    return str(Path(__file__).with_name(f"grid-{slug}.py"))
 
 
 def cell_of(told: dict[str, Any]) -> Cell:

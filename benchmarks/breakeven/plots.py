@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plotting
-from benchmarks.breakeven import batch_plot, load_plot, seed_plot
+from benchmarks.breakeven import batch_plot, grid, load_plot, seed_plot
 from benchmarks.breakeven.cells import COMPUTE, FETCH, OURS, Cell, crossover_tokens, series
-from benchmarks.breakeven.grid import cell_of
 from benchmarks.plotting import plt, style
 from benchmarks.result import raw_folder
 
@@ -20,10 +19,8 @@ _SCALE = {"cmap": "RdYlGn_r", "vmin": 0.5, "vmax": 1.5}
 def draw(results: Path, quick: bool) -> None:
     """One PNG for each picture of a part that has results."""
     raw = raw_folder(results, quick)
-    path, into = raw / "grid.json", raw if quick else results
-    if path.exists():
-        kept = json.loads(path.read_text())["results"]
-        cells = [cell_of(told) for told in kept.values()]
+    into = raw if quick else results
+    if cells := grid.cells(quick):
         _heat_map(cells, into / "grid.png")
         _curves(cells, into / "grid-curves.png")
     path = raw / "seed.json"

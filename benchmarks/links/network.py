@@ -171,13 +171,15 @@ def first_line(process: "subprocess.Popen[bytes]") -> bytes:
 
 
 def _limit(end: End, bits_per_s: float | None) -> None:
+    # What waits is dropped, and sent again. Changed in place, a packet that waits for more tokens
+    # than the new burst has would stop the device for ever (Linux 6.18).
+    with contextlib.suppress(LinkRefusedError):  # there was none
+        _tc(end, "qdisc", "delete", "dev", end.device, "root")
     if bits_per_s is None:
-        with contextlib.suppress(LinkRefusedError):  # there was none
-            _tc(end, "qdisc", "delete", "dev", end.device, "root")
         return
     burst = max(_LEAST_BURST_BYTES, round(bits_per_s / 8 * _BURST_S))
     rate = ("rate", f"{round(bits_per_s)}bit", "burst", str(burst), "latency", f"{_QUEUE_MS}ms")
-    _tc(end, "qdisc", "replace", "dev", end.device, "root", "tbf", *rate)
+    _tc(end, "qdisc", "add", "dev", end.device, "root", "tbf", *rate)
 
 
 @contextlib.contextmanager

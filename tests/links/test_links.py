@@ -93,6 +93,23 @@ def test_a_rate_is_what_it_says(mbit: int) -> None:
         assert _most_bits_per_s(link) == pytest.approx(mbit * MBIT / 4 * TCP_SHARE, rel=0.12)
 
 
+def test_a_rate_may_change_under_traffic() -> None:
+    """What waits as the link becomes slower does not stop it."""
+    with joined(Shape(1000 * MBIT)) as link, _connected(link) as (sender, taker):
+        over = threading.Event()
+        writing = threading.Thread(target=_write, args=(sender, over))
+        writing.start()
+        for mbit in (1000, 100, 1000, 50):
+            link.limit(mbit * MBIT)
+            taken, until = 0, time.monotonic() + 1.0
+            while time.monotonic() < until:
+                taken += len(taker.recv(1 << 20))
+            assert 8 * taken > 0.7 * mbit * MBIT
+        over.set()
+        taker.shutdown(socket.SHUT_RDWR)
+        writing.join()
+
+
 def test_a_delay_is_taken_each_way() -> None:
     """Twice for a question and its answer; without one the link takes under a millisecond. A
     rate holds beside it."""
