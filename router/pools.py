@@ -48,6 +48,9 @@ class Pools:
         self._epochs: tuple[str, ...] = ()
         self._places: dict[str, int] = {}
         self._nodes: dict[str, list[Member]] = {}
+        # By name: how many fetches from the vault it told of, and which of all changes that was.
+        self._fetched: dict[str, tuple[Member, int, int]] = {}
+        self._fetches_seen = 0
         self._n_decode = 0
         self._block_tokens, self._kv_bytes_per_token = 1, 0
         self._places_of_epochs: dict[str, int] = {}
@@ -62,14 +65,15 @@ class Pools:
 
     def touch(self, member: Member) -> None:
         """Something that its row is made of has changed, or it came, or it left."""
-        name = member.name
+        name, fetched = member.name, self._has_fetched(member)
         if self._shown(name) is not self._routable(name):
             self._moved = True
         elif name in self._places and not self._moved:
             before = self._rows[self._places[name]].tiers
             self._set(self._members[name])
-            if _fetches(member) or self._rows[self._places[name]].tiers != before:
-                self._tell_strangers(member.replica.node)
+            if fetched or self._rows[self._places[name]].tiers != before:
+                for beside in self._nodes.get(member.replica.node, ()):
+                    self._set(beside)
 
     def relink(
         self, pair: Pair, before: Mapping[Pair, LinkCurve], curves: Mapping[Pair, LinkCurve]
@@ -182,20 +186,30 @@ class Pools:
 
     def _row(self, member: Member, others: Taken = NOTHING) -> ReplicaView:
         row = view_of(member, self._sent(member.replica.epoch), others)
-        if _fetches(member):
+        known = self._last_to_fetch(member.replica.node)
+        if known is None or known is member or Tier.VAULT not in member.load.tiers:
             return row
-        # A vault is as far from all replicas of a node.
-        known = max(self._nodes.get(member.replica.node, (member,)), key=_fetches)
-        return replace(row, tiers=_tiers(_as_known(member, known))) if _fetches(known) else row
+        return replace(row, tiers=_tiers(_as_known(member, known)))
 
-    def _tell_strangers(self, node: str) -> None:
-        """Who has fetched nothing from the vault goes by the curves of others on its node."""
-        for member in self._nodes[node]:
-            if not _fetches(member):
-                self._set(member)
+    def _has_fetched(self, member: Member) -> bool:
+        """Whether it tells of other fetches from the vault than it did before."""
+        last, fetches = self._fetched.get(member.name), _fetches(member)
+        if last is not None and last[0] is member and last[1] == fetches:
+            return False
+        self._fetches_seen += 1
+        self._fetched[member.name] = member, fetches, self._fetches_seen
+        return True
+
+    def _last_to_fetch(self, node: str) -> Member | None:
+        """A vault is as far from all replicas of a node, so the last one that used it knows best
+        how far that is: were each to go by its own fetches, each would have to find out for itself
+        that a link has become slow."""
+        there = (member for member in self._nodes.get(node, ()) if _fetches(member))
+        return max(there, key=lambda member: self._fetched[member.name][2], default=None)
 
     def _rebuild(self) -> None:
         self._moved, self._beat = False, None
+        self._fetched = {name: at for name, at in self._fetched.items() if name in self._members}
         decode, prefill = self._pool(Role.DECODE), self._pool(Role.PREFILL)
         if not decode:  # those that finish up still answer, until their successors are known
             decode = self._pool(Role.DECODE, draining=True)

@@ -43,6 +43,10 @@ class Nowhere:
     def close(self) -> None: ...
 
 
+def fetches(member: Member) -> int:
+    return member.load.tiers[Tier.VAULT].samples if Tier.VAULT in member.load.tiers else 0
+
+
 class PoolsAgainstMembers(RuleBasedStateMachine):
     """Whatever happens to members, a snapshot shows what making it anew would show."""
 
@@ -53,6 +57,7 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         self.pools = Pools(self.members, lambda epoch: self.sent.get(epoch, NOTHING))
         self.links: dict[tuple[str, str], LinkCurve] = {}
         self.shown: list[tuple[Snapshot, list[object], Floats]] = []
+        self.fetched: list[Member] = []
 
     @rule(name=some_name, role=some_role, up=st.booleans(), lends=st.booleans())
     def come(self, name: str, role: Role, up: bool, lends: bool) -> None:
@@ -105,7 +110,10 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
             latency_s = 0.01 + ord(name) / 1000 + samples / 100
             rounded = LossyLoad(latency_s / 2, 1e-9) if lossy else None
             told = {tier: TierLoad(9, unnamed, latency_s, 1e-9, samples, rounded) for tier in tiers}
+            before = fetches(member)
             member.receive(Load(waiting=waiting, draining=draining, tiers=told))
+            if fetches(member) != before:
+                self.fetched.append(member)
 
     @rule(name=some_name, requests=st.integers(0, 3), tokens=st.integers(0, 9000))
     def send(self, name: str, requests: int, tokens: int) -> None:
@@ -193,17 +201,13 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
             assert all(map(np.array_equal, kept.tiers[1:], anew.tiers[1:]))
 
     def told(self, member: Member, row: ReplicaView, lossy: bool) -> ReplicaView:
-        """Who has fetched nothing from the vault goes by whoever has done so most, of those beside
-        it; and who allows a lossy codec by what that costs."""
-
-        def fetches(other: Member) -> int:
-            return other.load.tiers[Tier.VAULT].samples if Tier.VAULT in other.load.tiers else 0
-
+        """All go by whoever beside them fetched from the vault last; and who allows a lossy codec
+        by what that costs."""
         shown = [*self.routable(Role.DECODE), *self.routable(Role.PREFILL)]
-        most = max(shown, key=fetches)
-        if Tier.VAULT in member.load.tiers and not fetches(member) and fetches(most):
+        last = next((m for m in reversed(self.fetched) if m in shown and fetches(m)), None)
+        if Tier.VAULT in member.load.tiers and last is not None:
             own = {view.tier: view for view in row.tiers}
-            its = {view.tier: view for view in view_of(most, NOTHING).tiers}
+            its = {view.tier: view for view in view_of(last, NOTHING).tiers}
             row = replace(row, tiers=tuple((own | {Tier.VAULT: its[Tier.VAULT]}).values()))
         behind = row.tiers
         if lossy:
