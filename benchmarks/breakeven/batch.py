@@ -33,7 +33,7 @@ CLIENTS = 8
 ANSWER_TOKENS = 32
 _ENGINE = {"max_num_seqs": 16, "max_num_batched_tokens": CHUNK_TOKENS}
 # 8,000 tokens of the default model in float32: a conversation of 1,500 has a sixth.
-_SMALL_KV_BYTES = 8000 * 46_080
+_SMALL_KV_BYTES, _LONGEST_TOKENS = 8000 * 46_080, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ def measure(quick: bool) -> list[Row]:
     for name in names:
         if f"talk-{name}" not in store:
             # Each on a cluster of its own: what one has left in the cache is not the other's.
-            with _cluster(quick, kv_cache_memory_bytes=_SMALL_KV_BYTES) as server:
+            small = {"kv_cache_memory_bytes": _SMALL_KV_BYTES, "max_model_len": _LONGEST_TOKENS}
+            with _cluster(quick, **small) as server:
                 store.get(f"talk-{name}", partial(talk, server, size, name == "beside"))
     return rows(store.kept, size)
 
