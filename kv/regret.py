@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 # Ghosts that are remembered; where more would be, only every second, fourth... key is followed,
 # chosen by its own bits.
-MAX_GHOSTS = 65_536
+MAX_GHOSTS = 16_384
 # Ghosts that one call goes through at least, and at most so many for each key that it brings: all
 # at once would take 40 ms, in which nobody is told what is cached where.
 STEP, A_KEY = 256, 4
