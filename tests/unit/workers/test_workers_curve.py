@@ -111,9 +111,11 @@ async def test_a_client_without_a_key_gets_nothing(served: ReplicaServer) -> Non
     host, port = served.address.removeprefix("tcp://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"GET / HTTP/1.1\r\n\r\n" * 10)
-    with contextlib.suppress(ConnectionError):
-        while await reader.read(100):
-            pass
+    # Whether it hangs up at once or waits for a greeting that it understands is ZMQ's to choose.
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        async with asyncio.timeout(5.0):
+            while await reader.read(100):
+                pass
     writer.close()
     assert not served._peers
 
