@@ -117,21 +117,13 @@ class Pools:
         tiers = None
         if found is not None and found.tiers:
             tiers = self._tier_costs.holding(self._held_tokens(found.tiers), lossy)
+        beside = tiers, self._displaces(beat), self._lending
         return Snapshot(
             prefill=Pool(rows[n_decode:], hit_tokens[n_decode:], tiers, n_decode, lossy),
             decode=Pool(rows[:n_decode], hit_tokens[:n_decode], tiers, 0, lossy),
             links=curves,
             kv_bytes_per_token=self._kv_bytes_per_token,
-            columns=Columns(
-                names,
-                n_decode,
-                loads,
-                self._links,
-                hit_tokens,
-                tiers,
-                self._displaces(beat),
-                self._lending,
-            ),
+            columns=Columns(names, n_decode, loads, self._links, hit_tokens, *beside),
             blind=found is None,
             peers=self._peers,
             room_tokens=self._room_tokens,

@@ -2,7 +2,6 @@
 either, others the exact ones alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,11 @@ import pytest
 
 from tests.flow.cluster_process import Cluster, running
 from tests.flow.test_quality import calibrate
+from tests.flow.test_tiers_cluster import BLOCK_TOKENS, Answer
 
 pytestmark = pytest.mark.real_model
-BLOCKS, BLOCK_TOKENS = 50, 32
+BLOCKS = 50
 FULL = BLOCKS * BLOCK_TOKENS
-
-
-@dataclass(frozen=True)
-class Answer:
-    tokens: list[int]
-    plan: str
-    cached_tokens: int
 
 
 def _ask(cluster: Cluster, first: int, **headers: str) -> Answer:
