@@ -20,8 +20,9 @@ FAT = TinySpec(heads=16, kv_heads=16, head_dim=64)
 CONFIG = f"""
 kv: {{transports: tcp, lease_s: {LEASE_S}}}
 engine: {{kv_cache_memory_bytes: 268435456}}
-# However slow the machine's loopback, a long prompt goes to a prefill replica.
-router: {{assumed_streams: 1}}
+# However slow the machine's loopback, a long prompt goes to a prefill replica, and none goes where
+# it costs more to see what that takes.
+router: {{assumed_streams: 8, explore: 0}}
 """
 
 

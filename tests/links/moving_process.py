@@ -1,7 +1,8 @@
 """One side of a NIXL read: `moving_process.py give|take HOST BYTES FILE`.
 
 The giver writes its agent's metadata to FILE and stays until it is killed. The taker reads all
-bytes twice, since the first read connects, and prints the seconds of the second and UCX's lanes.
+bytes once, since the first read connects, and then four times, and prints the least seconds of
+these, so that a busy machine does not count, and UCX's lanes.
 """
 
 import sys
@@ -33,14 +34,14 @@ def main() -> None:
             return
         known = told.read_bytes()
         peer, base = region.meet(known[8:]), int.from_bytes(known[:8], "big")
-        seconds = 0.0
-        for _ in range(2):
+        seconds = []
+        for _ in range(5):
             began = time.monotonic()
             until_s = began + TIMEOUT_S
             region.move(READ, peer, [Piece(0, base, n_bytes)], lambda s=until_s: _over(s))
-            seconds = time.monotonic() - began
+            seconds.append(time.monotonic() - began)
         assert region.memory[-256:] == SEED
-        print(seconds, *lanes.read(log))
+        print(min(seconds[1:]), *lanes.read(log))
 
 
 def _over(until_s: float) -> bool:
