@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from ray import serve
@@ -10,6 +10,7 @@ from ray.serve import Application
 
 from cluster import verdicts
 from cluster.config import APP, Config, Pool, audit_dir, cache_dir, engine_options
+from cluster.fit import of_pool
 from kv.fingerprint import fingerprint, folder_identity
 from router.settings import AuditPlace, IngressSettings
 from workers.curve import server_keys
@@ -40,22 +41,35 @@ def build(
     model: Path | str,
     scratch: Path,
     secret: bytes,
-    restarts: Mapping[str, int],
+    versions: Mapping[str, str],
     beside: Mapping[str, float],
 ) -> Application:
     """The Serve application: ingress, catalogue, prefill pool, decode pool, and the vault.
 
-    Deployed again, Serve replaces the replicas of those pools whose count in `restarts` grew.
-    `beside` are the resources of the node that ingresses and catalogue keep to, unless theirs are
-    configured.
+    Deployed again, Serve replaces the replicas of those deployments whose entry in `versions`, by
+    name, is another. `beside` are the resources of the node that ingresses and catalogue keep to,
+    unless theirs are configured.
     """
     pools = [
-        _engines(config, Role.PREFILL, config.prefill, model, scratch, secret, restarts),
-        _engines(config, Role.DECODE, config.decode, model, scratch, secret, restarts),
+        _engines(config, Role.PREFILL, config.prefill, model, scratch, secret),
+        _engines(config, Role.DECODE, config.decode, model, scratch, secret),
     ]
-    behind = [*pools, _vault(config, secret)]
-    others = [_catalogue(config, secret, beside), *(each for each in behind if each is not None)]
-    return _ingress(config, model, secret, beside, others)
+    behind = [_catalogue(config, secret, beside), *pools, _vault(config, secret)]
+    bound = [each.bound(versions) for each in behind if each is not None]
+    return _ingress(config, model, secret, beside).bound(versions, *bound)
+
+
+class _Unbound(NamedTuple):
+    """A deployment, and what its replicas' constructors are told."""
+
+    deployment: serve.Deployment
+    told: tuple[Any, ...]
+
+    def bound(self, versions: Mapping[str, str], *others: Application) -> Application:
+        """Serve replaces every replica of whatever is deployed again under another version, and
+        gives each deployment a random one unless told."""
+        version = versions.get(self.deployment.name, "0")
+        return self.deployment.options(version=version, _internal=True).bind(*self.told, *others)
 
 
 def _engines(
@@ -65,8 +79,7 @@ def _engines(
     model: Path | str,
     scratch: Path,
     secret: bytes,
-    restarts: Mapping[str, int],
-) -> Application | None:
+) -> _Unbound | None:
     if pool.replicas == 0:
         return None
     # Ray imports it on the replicas; here vLLM stays unloaded.
@@ -89,6 +102,7 @@ def _engines(
         retry_s=config.router.retry_s,
         vault_keys=None if config.tiers.vault is None else client_keys(secret),
         peer_keys=None if config.tiers.peer is None else peer_keys(secret),
+        metrics_port=config.metrics.port,
     )
     deployment = serve.deployment(
         EngineReplica,
@@ -103,7 +117,7 @@ def _engines(
         max_surge_percent=_one_of(pool.replicas) if pool.surge else 0,
         **_bundles(config, pool),
     )
-    return _versioned(deployment, restarts.get(role, 0)).bind(APP, settings)
+    return _Unbound(deployment, (APP, settings))
 
 
 def _one_of(replicas: int) -> int:
@@ -111,19 +125,12 @@ def _one_of(replicas: int) -> int:
     return max(1, 100 // replicas)
 
 
-def _versioned(deployment: serve.Deployment, version: int) -> serve.Deployment:
-    """Serve replaces every replica of whatever is deployed again under another version, and gives
-    each deployment a random one unless told."""
-    return deployment.options(version=str(version), _internal=True)
-
-
 def _ingress(
     config: Config,
     model: Path | str,
     secret: bytes,
     beside: Mapping[str, float],
-    others: list[Application],
-) -> Application:
+) -> _Unbound:
     from cluster.deployment import IngressReplica
 
     section = config.ingress
@@ -174,7 +181,7 @@ def _ingress(
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=_START_TRIES,
     )
-    return _versioned(deployment, 0).bind(APP, settings, *others)
+    return _Unbound(deployment, (APP, settings))
 
 
 def kept_curves(model: Path | str) -> Path:
@@ -191,7 +198,7 @@ def _audit(config: Config) -> AuditPlace | None:
     return AuditPlace(str(audit_dir(section.path)), section.file_bytes, section.files)
 
 
-def _catalogue(config: Config, secret: bytes, beside: Mapping[str, float]) -> Application:
+def _catalogue(config: Config, secret: bytes, beside: Mapping[str, float]) -> _Unbound:
     from cluster.deployment import CatalogueReplica
 
     section = config.catalogue
@@ -213,10 +220,10 @@ def _catalogue(config: Config, secret: bytes, beside: Mapping[str, float]) -> Ap
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=_START_TRIES,
     )
-    return _versioned(deployment, 0).bind(APP, config.host, secret)
+    return _Unbound(deployment, (APP, config.host, secret))
 
 
-def _vault(config: Config, secret: bytes) -> Application | None:
+def _vault(config: Config, secret: bytes) -> _Unbound | None:
     section = config.tiers.vault
     if section is None:
         return None
@@ -241,7 +248,7 @@ def _vault(config: Config, secret: bytes) -> Application | None:
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=_START_TRIES,
     )
-    return _versioned(deployment, 0).bind(APP, settings)
+    return _Unbound(deployment, (APP, settings, config.metrics.port))
 
 
 def _extent(disk: VaultDisk) -> DiskExtent:
@@ -283,8 +290,8 @@ def _bundles(config: Config, pool: Pool) -> dict[str, Any]:
     gpus = config.tensor_parallel(pool)
     if config.device != "cuda" or gpus == 1:
         return {}
-    first = {"CPU": pool.cpus, "GPU": float(gpus), **pool.resources}
-    return {"placement_group_bundles": [first], "placement_group_strategy": "STRICT_PACK"}
+    bundles = [of_pool(config, pool)]
+    return {"placement_group_bundles": bundles, "placement_group_strategy": "STRICT_PACK"}
 
 
 def environment(config: Config, model: Path | str, threads: int) -> dict[str, str]:

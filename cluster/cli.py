@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_forget(commands)
     _add_kv_size(commands)
     _add_calibrate(commands)
+    _add_drain(commands)
     _add(commands, "down", _down, "end a cluster, or what a crashed one left behind")
     return parser
 
@@ -79,6 +80,15 @@ def _add_batch(commands: Any) -> None:
     batch.add_argument("--url", help="of another cluster than this machine's")
     batch.add_argument("--json", action="store_true", help="for programs")
     batch.set_defaults(run=_batch)
+
+
+def _add_drain(commands: Any) -> None:
+    about = "have Serve move what runs on this Ray node, before it goes"
+    drain = commands.add_parser("drain", help=about)
+    drain.add_argument(
+        "--seconds", type=_seconds, default=60.0, metavar="S", help="at most; 60 by default"
+    )
+    drain.set_defaults(run=_drain)
 
 
 def _add_restart(commands: Any) -> None:
@@ -296,6 +306,12 @@ def _status(arguments: argparse.Namespace) -> int:
     from cluster.status import status
 
     return status(arguments.json)
+
+
+def _drain(arguments: argparse.Namespace) -> int:
+    from cluster.drain import drain
+
+    return drain(arguments.seconds)
 
 
 def _restart(arguments: argparse.Namespace) -> int:

@@ -112,6 +112,12 @@ class AuditSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     path: str | None = None
 
 
+class MetricsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where processes answer Prometheus."""
+
+    port: Port | None = None
+
+
 class RaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The Ray cluster: one of our own on this machine, or one that runs."""
 
@@ -137,6 +143,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tiers: Tiers = Tiers()
     router: RouterSection = RouterSection()
     audit: AuditSection = AuditSection()
+    metrics: MetricsSection = MetricsSection()
     ray: RaySection = RaySection()
 
     def tensor_parallel(self, pool: Pool) -> int:
@@ -170,6 +177,12 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     return config
 
 
+def schema() -> dict[str, Any]:
+    """JSON Schema of the sections, with the types that they refer to under `$defs`."""
+    root, defined = msgspec.json.schema_components([Config], ref_template="#/$defs/{name}")
+    return {**root[0], "$defs": defined}
+
+
 def check_nodes(config: Config, nodes: int) -> None:
     """Raise `ConfigError` for a `host` that replicas on several Ray nodes cannot share."""
     if nodes > 1 and config.host != OF_NODE:
@@ -193,6 +206,22 @@ def admin_key() -> str | None:
 def api_key() -> str | None:
     """What `batch` shows to a cluster that has keys."""
     return os.environ.get("BREAKEVEN_API_KEY") or None
+
+
+def cluster_key() -> bytes:
+    """The 32 bytes that all processes of a cluster know where no `serve` gives them a secret of its
+    own. Raises `ConfigError`."""
+    text = os.environ.get("BREAKEVEN_CLUSTER_KEY", "").strip()
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        complaint = (
+            f"{len(text)} characters, 64 hex digits wanted: `openssl rand -hex 32` makes some"
+        )
+        raise ConfigError("BREAKEVEN_CLUSTER_KEY", complaint)
+    return key
 
 
 def cache_dir() -> Path:

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 from ray import serve
 
-from kv.codecs.codec import CodecName
 from kv.errors import VaultError
+from kv.vault.wire import by_codec
 from router.catalogue.client import CatalogueLine
 from router.catalogue.node import CatalogueNode
 from router.catalogue.server import CatalogueServer
@@ -28,6 +28,7 @@ from workers.curve import client_keys, server_keys
 from workers.directory import Shard, ShardRecord, shard_prefix
 from workers.errors import WorkerError
 from workers.messages import Inbox, Link, Replica
+from workers.metrics import Endpoint, ShardMetrics
 from workers.tiers import shard_names
 from workers.vault.process import ShardProcess, ShardSettings
 
@@ -135,7 +136,9 @@ class VaultReplica:
     """The class of the vault deployment: one shard."""
 
     # Serve awaits it.
-    async def __init__(self, cluster: str, settings: ShardSettings) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, cluster: str, settings: ShardSettings, metrics_port: int | None
+    ) -> None:
         settings = msgspec.structs.replace(settings, host=node.listen_at(settings.host))
         # A shard that takes a dead one's place takes its name, and with it its blocks on disk.
         rank = serve.get_replica_context().rank.rank
@@ -143,15 +146,24 @@ class VaultReplica:
         logs.configure(name)
         try:
             self._process = process = ShardProcess(name, settings)
-        except VaultError as error:
+            metrics = ShardMetrics(process.stats, process.quota_bytes)
+            self._metrics = Endpoint(settings.host, metrics_port, metrics)
+        except (VaultError, WorkerError) as error:
             logs.fatal(str(error))
             raise RuntimeError(str(error)) from None
-        shard = Shard(name, uuid.uuid4().hex, process.address, settings.host, os.getpid())
+        shard = Shard(
+            name,
+            uuid.uuid4().hex,
+            process.address,
+            settings.host,
+            os.getpid(),
+            process.quota_bytes,
+            self._metrics.address,
+        )
 
         def record(beat: int) -> ShardRecord:
             held = process.stats()
-            # All of it, since there is no other codec yet.
-            return ShardRecord(shard, beat, held.blocks, {CodecName.RAW: held.stored_bytes})
+            return ShardRecord(shard, beat, held.blocks, by_codec(held))
 
         key = shard_prefix(cluster) + name
         self._tasks = [

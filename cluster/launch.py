@@ -61,7 +61,7 @@ def _start(
 ) -> "_Deploy":
     began = time.monotonic()
     _say(began, "starting Ray")
-    beside = local_ray.start(config, run_dir)
+    beside = local_ray.start(config, model, run_dir)
     stop.listen()  # Ray has put its own handlers in place of ours
     pools = f"{config.prefill.replicas} prefill, {config.decode.replicas} decode"
     _say(began, f"starting {pools}, {config.ingress.replicas} ingress on {config.device}")
@@ -103,7 +103,8 @@ class _Deploy:
         restarts: Counter[str] = Counter()
         while True:
             try:
-                built = app.build(*self._what, restarts, self._beside)
+                versions = {pool: str(count) for pool, count in restarts.items()}
+                built = app.build(*self._what, versions, self._beside)
                 serve.run(built, name=APP, route_prefix=None)
             except BaseException as error:  # `check` raises it during a start; later ones may work
                 self._error = error

@@ -12,8 +12,9 @@ from typing import Any
 
 import psutil
 
-from cluster import state
+from cluster import joining, state
 from cluster.config import Config, check_nodes
+from cluster.errors import StartError
 from cluster.home import IN_CHECKOUT, ROOT
 
 _STOP_S = 10.0
@@ -48,12 +49,13 @@ def prepare(config: Config) -> Path:
     return run_dir
 
 
-def start(config: Config, run_dir: Path) -> Mapping[str, float]:
+def start(config: Config, model: Path | str, run_dir: Path) -> Mapping[str, float]:
     """Start Ray and Serve, on loopback, without Serve's HTTP proxy; or join the Ray cluster that is
     configured.
 
     Returns the resources that keep a process on this node, none where Ray has no other. Raises
-    `ConfigError` for a `host` that the nodes cannot share.
+    `ConfigError` for a `host` that the nodes cannot share, and `StartError` for a Ray cluster that
+    cannot run what is configured.
     """
     import ray
     from ray import serve
@@ -62,12 +64,7 @@ def start(config: Config, run_dir: Path) -> Mapping[str, float]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     settings = config.ray
     if settings.address is not None:
-        ray.init(
-            address=settings.address,
-            logging_level="warning",
-            log_to_driver=False,
-            runtime_env=_code(),
-        )
+        _join(settings.address)
     else:
         ray.init(
             num_cpus=_cpus(config),
@@ -83,9 +80,23 @@ def start(config: Config, run_dir: Path) -> Mapping[str, float]:
         )
     nodes = sum(node["Alive"] for node in ray.nodes())
     check_nodes(config, nodes)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
     # Ray gives each node a resource of this name.
-    return {f"node:{ray.util.get_node_ip_address()}": _A_LITTLE} if nodes > 1 else {}
+    beside = {f"node:{ray.util.get_node_ip_address()}": _A_LITTLE} if nodes > 1 else {}
+    if settings.address is not None:
+        joining.check(config, model, beside)
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    return beside
+
+
+def _join(address: str) -> None:
+    """Raises `StartError` where Ray does not answer, or is another version."""
+    import ray
+
+    options: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
+    try:
+        ray.init(address=address, runtime_env=_code(), **options)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise StartError(f"Ray at {address} cannot be joined: {str(error).strip()}") from error
 
 
 def _code() -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from router.policy_admin import EXAMPLE, PolicyAdmin
 from router.probing import Probing
 from router.report import catalogue_row, forgotten_report, replica_row
 from router.salt import Salter
+from router.targets import targets_of
 from router.vault import VaultView
 
 Answer = Callable[[Request], Awaitable[Response]]
@@ -73,6 +74,10 @@ def admin_app(
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def targets(_: Request) -> Response:
+        found = [*targets_of(fleet.members()), *vault.targets()]
+        return Response(msgspec.json.encode(found), media_type="application/json")
+
     async def replicas(_: Request) -> Response:
         rows = [replica_row(fleet, member) for member in fleet.members()]
         catalogue = catalogue_row(fleet.line)
@@ -103,6 +108,7 @@ def admin_app(
         "/healthz": healthz,
         "/readyz": readyz,
         "/metrics": metrics,
+        "/metrics/targets": targets,
         "/admin/replicas": replicas,
         "/admin/decisions": decisions.answer,
         "/admin/curves": curves,

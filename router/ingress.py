@@ -26,6 +26,7 @@ from router.audit_log import AuditLog
 from router.catalogue.client import CatalogueLine
 from router.catalogue.ledger import SharedLedger
 from router.client import ClusterClient, warm_body
+from router.curve_metrics import CurveMetrics
 from router.decisions import Decisions
 from router.entry import Scribe
 from router.explorer import Explorer
@@ -40,6 +41,7 @@ from router.planner import Planner, Prices
 from router.policy_admin import PolicyAdmin
 from router.probing import Probing
 from router.pseudonyms import Pseudonyms
+from router.replica_metrics import ReplicaMetrics
 from router.roster import Directory
 from router.salt import Salter
 from router.settings import IngressSettings
@@ -91,7 +93,8 @@ class Ingress:
         rng, expects, retry_s = random.Random(), settings.expects_prefill, settings.retry_s
         self.fleet = Fleet(directory, link, line, warm_body(), now, rng, expects, book, retry_s)
         registry = CollectorRegistry()
-        registry.register(FleetMetrics(self.fleet))
+        for collector in (FleetMetrics, ReplicaMetrics, CurveMetrics):
+            registry.register(collector(self.fleet))
         registry.register(vault)
         self._in_force, shadow = InForce(Order(settings.policy, settings.shadow), orders), Shadow()
         registry.register(PolicyMetrics(self._in_force.order, shadow))

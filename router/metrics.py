@@ -24,7 +24,7 @@ _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
 _ITL_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 _DECISION_S = (25e-6, 50e-6, 1e-4, 1.5e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
 # How blocks of tiers travel.
-_TRANSPORTS = (("host", "local"), ("disk", "local"), ("peer", "nixl"), ("vault", "nixl"))
+TRANSPORTS = (("host", "local"), ("disk", "local"), ("peer", "nixl"), ("vault", "nixl"))
 _RATIO = (0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4)
 
 
@@ -131,6 +131,7 @@ class FleetMetrics(Collector):
         yield held
         yield from self._catalogue()
         yield self._tokens()
+        yield self._evictions()
         yield from self._transfers()
 
     def _catalogue(self) -> Iterator[Metric]:
@@ -169,6 +170,10 @@ class FleetMetrics(Collector):
             tokens.add_metric([source], sum(getattr(each, name) for each in totals))
         return tokens
 
+    def _evictions(self) -> Metric:
+        gone = sum(totals.evicted_blocks for _, totals in self._counted())
+        return CounterMetricFamily("breakeven_evicted_blocks", "Given up by paged KV", gone)
+
     def _transfers(self) -> Iterator[Metric]:
         labels = ["source_tier", "transport"]
         moved = CounterMetricFamily("breakeven_transfer_bytes", "Bytes of KV read", labels=labels)
@@ -184,7 +189,7 @@ class FleetMetrics(Collector):
             moved.add_metric(["device", lane], n_bytes)
             spent.add_metric(["device", lane], seconds)
         every = [totals for _, totals in self._counted()]
-        for tier, transport in _TRANSPORTS:
+        for tier, transport in TRANSPORTS:
             n_bytes = sum(getattr(each, f"{tier}_loaded_bytes") for each in every)
             if n_bytes:
                 moved.add_metric([tier, transport], n_bytes)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router.targets import Target
 from workers.directory import RENEW_S, ShardRecord
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class VaultView(Collector):
         ]
 
     def collect(self) -> Iterator[Metric]:
-        """`breakeven_vault_bytes` by codec; nothing without a vault."""
+        """`breakeven_vault_bytes` by codec and what may be; nothing without a vault."""
         if not self._shards:
             return
         held = GaugeMetricFamily(
@@ -65,3 +66,14 @@ class VaultView(Collector):
         for codec, n_bytes in sorted(by_codec.items()):
             held.add_metric([codec], n_bytes)
         yield held
+        quota_bytes = sum(record.shard.quota_bytes for record in self._shards)
+        about = "Frames that the vault may store"
+        yield GaugeMetricFamily("breakeven_vault_quota_bytes", about, quota_bytes)
+
+    def targets(self) -> list[Target]:
+        """Where shards answer Prometheus."""
+        return [
+            Target([record.shard.metrics_address], {"role": "vault", "replica": record.shard.name})
+            for record in self._shards
+            if record.shard.metrics_address
+        ]

@@ -1,17 +1,19 @@
 """What an engine has done since it started, and what fetching from its tiers costs it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.metrics.stats import SchedulerStats
 
+from kv.block import KEY_BYTES
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
 from kv.fetch import GUESSES, FetchCost
 from kv.live import RETRY_S
 from workers.messages import Delta, LossyLoad, Sources, Spent, TierLoad, Totals
+from workers.mirror import Change
 from workers.tiers import TIERED_CONNECTOR, VAULT_STORED_BYTES
 
 # vLLM's words for where KV came from and what was moved, and ours.
@@ -85,6 +87,11 @@ class Counters:
             if delta.sources is not None:
                 for source, tokens in delta.sources.by_source().items():
                     self._add(f"prompt_tokens_{source}", tokens)
+
+    def evicted(self, changes: Iterable[Change]) -> None:
+        """Blocks that went from the paged KV."""
+        gone = sum(len(each.removed) for each in changes if each.tier is Tier.DEVICE)
+        self._add("evicted_blocks", gone // KEY_BYTES)
 
     def fetched(self, sources: Sources, spent: Spent) -> None:
         """What a request waited for a tier, if one alone brought what it lacked."""

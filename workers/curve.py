@@ -60,6 +60,15 @@ def lock(server: zmq.Socket[Any], keys: ServerKeys) -> None:
     server.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
 
+def bind(server: zmq.Socket[Any], host: str) -> str:
+    """Have a locked socket listen there; the address for those who connect. The port is the
+    kernel's choice, so that an operator's `net.ipv4.ip_local_port_range` bounds it."""
+    server.bind(f"tcp://{host}:0")
+    address = server.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(address, bytes)
+    return address.rstrip(b"\0").decode()
+
+
 def unlock(client: zmq.Socket[Any], keys: ClientKeys) -> None:
     """Have a socket, not yet connected, speak to this cluster's replicas and nobody else."""
     client.setsockopt(zmq.CURVE_SERVERKEY, keys.server)

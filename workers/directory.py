@@ -32,6 +32,9 @@ class Shard(msgspec.Struct, frozen=True):
     address: str
     node: str
     pid: int
+    quota_bytes: int = 0
+    # Host and port that answer Prometheus.
+    metrics_address: str = ""
 
 
 class ShardRecord(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.request import Request, RequestStatus
 
 from kv.catalogue import Tier
@@ -105,6 +106,8 @@ class Engine:
         if self._tiers is not None:
             self._mirror.hold(Tier.DISK, self._tiers.found())
         self._scheduler.kv_event_publisher = self._events
+        # vLLM's own, in this process's registry (`workers.metrics`).
+        self._vllm_metrics = PrometheusStatLogger(config)
         self._listener = listener
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._trusted_s = trusted_s(config.kv_transfer_config)
@@ -359,10 +362,13 @@ class Engine:
                 self._erasure.mark(delta.request_id, delta.handoff)
         for batch in outputs.values():
             self._totals.observe(batch.scheduler_stats)
+            self._vllm_metrics.record(batch.scheduler_stats, None)
         for load in () if self.vault is None else self.vault.loads():
             self._totals.loaded(Tier.VAULT, *load)
         self._totals.count(deltas)
-        self._listener(StepReport(deltas, self._mirror.take(), self._load()))
+        changes = self._mirror.take()
+        self._totals.evicted(changes)
+        self._listener(StepReport(deltas, changes, self._load()))
 
     def _delta(self, output: EngineCoreOutput) -> Delta:
         delta = work.delta(output)

@@ -4,6 +4,7 @@ WorkerError
 ├── EngineOptionError   an `engine:` option that vLLM refuses
 ├── EngineStartError    the engine could not start
 ├── EngineDeadError     the engine's step loop ended
+├── MetricsPortError    an endpoint for metrics that cannot be opened
 ├── PeerLostError       another replica's host tier does not answer, or not in time
 ├── ReplicaLostError    a replica stopped answering while it held a request
 └── WireError           bytes on the channel that are no message of ours
@@ -45,6 +46,20 @@ class EngineDeadError(WorkerError):
 
     def __str__(self) -> str:
         return f"{self.replica}: the engine's step loop ended: {self.complaint}"
+
+
+class MetricsPortError(WorkerError):
+    """A process cannot answer Prometheus where it was told to."""
+
+    def __init__(self, address: str, complaint: str) -> None:
+        super().__init__(address, complaint)
+        self.address, self.complaint = address, complaint
+
+    def __str__(self) -> str:
+        return (
+            f"metrics at {self.address}: {self.complaint}; with metrics.port: null each process of "
+            "a node takes a free port"
+        )
 
 
 class PeerLostError(WorkerError):

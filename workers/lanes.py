@@ -48,6 +48,11 @@ def read(path: Path) -> tuple[str, ...]:
         return ()
 
 
+def has_rdma() -> bool:
+    """Whether this machine has an RDMA device that processes may use."""
+    return any(Path("/dev/infiniband").glob("uverbs*"))
+
+
 def is_rdma(lane: str) -> bool:
     """Whether a lane such as `rc_mlx5/mlx5_0:1` is RDMA."""
     return lane.split("/", 1)[0] in _RDMA

@@ -61,6 +61,10 @@ class Replica(msgspec.Struct, frozen=True):
     peer_address: str = ""
     # Of one prompt, how much its host tier takes in from what lies behind it.
     room_tokens: int = 0
+    # Host and port that answer Prometheus.
+    metrics_address: str = ""
+    # Its node has an RDMA device.
+    rdma: bool = False
     wire_version: int = WIRE_VERSION
 
 
@@ -245,6 +249,8 @@ class Totals(msgspec.Struct, frozen=True):
     vault_loaded_bytes: int = 0
     peer_loaded_bytes: int = 0
     failed_loads: int = 0
+    # Blocks that its paged KV gave up.
+    evicted_blocks: int = 0
 
     def plus(self, other: "Totals") -> "Totals":
         """Both, added up."""

@@ -18,6 +18,7 @@ from workers import connector, lanes
 from workers.curve import ClientKeys, ServerKeys
 from workers.errors import EngineDeadError, EngineOptionError, EngineStartError
 from workers.messages import Replica, Role
+from workers.metrics import Endpoint, EngineMetrics
 from workers.peer.keys import PeerKeys
 from workers.server import ReplicaServer
 from workers.tiers import Tiers, model_identity, with_tiers
@@ -48,6 +49,7 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     retry_s: float | None = RETRY_S
     vault_keys: ClientKeys | None = None
     peer_keys: PeerKeys | None = None
+    metrics_port: int | None = None
 
 
 class ReplicaProcess:
@@ -88,6 +90,8 @@ class ReplicaProcess:
         peer_address = "" if keys is None else self._engine.open_peers(settings.host, keys)
         samples, step_s = probe(self._engine.core, settings.probe_s, settings.seed)
         self._open_vault([PrefillSample(*sample) for sample in samples])
+        metrics = EngineMetrics(self._server.load)
+        self._metrics = Endpoint(settings.host, settings.metrics_port, metrics)
         logger.info("%s: engine ready in %.1f s", self.name, time.monotonic() - began)
         return Replica(
             name=self.name,
@@ -106,6 +110,8 @@ class ReplicaProcess:
             hardware=options.hardware(config),
             peer_address=peer_address,
             room_tokens=self._engine.room_tokens() if peer_address else 0,
+            metrics_address=self._metrics.address,
+            rdma=lanes.has_rdma(),
         )
 
     def _with_tiers(self, transfer: dict[str, Any]) -> dict[str, Any]:
@@ -172,8 +178,9 @@ class ReplicaProcess:
                 await self._server.drain()
 
     def stop(self) -> None:
-        """Stop the engine and remove what it left on disk; safe to call twice."""
+        """Stop the engine and remove what it left on disk."""
         self._engine.stop()
+        self._metrics.close()
         self._side_channel.close()
         self._ucx_log.unlink(missing_ok=True)
 

@@ -67,8 +67,7 @@ class ReplicaServer:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
         curve.lock(self._socket, keys)
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
-        self.address = f"tcp://{host}:{port}"
+        self.address = curve.bind(self._socket, host)
         self._peers: dict[bytes, _Peer] = {}
         self._owner: dict[str, bytes] = {}
         self._load = wire.Load()
@@ -287,6 +286,10 @@ class ReplicaServer:
             self._load_sent = (load, now)
             for identity in list(self._peers):
                 self._send(identity, load)
+
+    def load(self) -> wire.Load:
+        """The engine's, as of its last step; for another thread, too."""
+        return self._load
 
     def _current_load(self) -> wire.Load:
         return msgspec.structs.replace(self._load, lanes=self._lanes, draining=self._draining)

@@ -140,27 +140,66 @@ def linked(
     node, where shared memory is the way between processes. Raises `LinkRefusedError` where this
     machine cannot make links.
     """
-    with contextlib.ExitStack() as made:
-        folder = Path(made.enter_context(tempfile.TemporaryDirectory(prefix="links-")))
-        link = made.enter_context(joined(shape))
-        near = made.enter_context(node(link.ends[0]))
-        far = near if together else made.enter_context(node(link.ends[1]))
-        env = _ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        _start_ray(near, None if together else far, folder, env)
-        config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(_sections(sections, near, model, together)))
+    with ray_nodes(shape, together) as nodes:
+        folder, env = nodes.folder, dict(nodes.env)
+        config = nodes.configured(sections, model)
         kept = folder / "cache"
         kept.mkdir()
         for file, path in cache.items():
             (kept / file).symlink_to(path)
         env["BREAKEVEN_CACHE"] = str(kept)
         words = [sys.executable, "-m", "cluster", "serve", "--config", str(config)]
-        serving = near.start(words, folder / "serve.log", env)
+        serving = nodes.near.start(words, folder / "serve.log", env)
         try:
             _await(lambda: "ready http" in _text(folder / "serve.log"), serving, folder, READY_S)
-            yield LinkedCluster(link, near, far, folder, together)
+            yield LinkedCluster(nodes.link, nodes.near, nodes.far, folder, together)
         finally:
             _end(serving)
+
+
+@dataclass(frozen=True, slots=True)
+class RayNodes:
+    """Ray's two nodes, before anything of ours runs there; `env` is for what is to join them."""
+
+    link: Link
+    near: Node
+    far: Node
+    folder: Path
+    env: Mapping[str, str]
+
+    def configured(self, sections: Mapping[str, Any], model: Path) -> Path:
+        """A configuration file with these sections, for a cluster on these nodes."""
+        file = self.folder / "config.yaml"
+        together = self.near is self.far
+        file.write_text(yaml.safe_dump(_sections(sections, self.near, model, together)))
+        return file
+
+    def start_ray(self, at: Node, words: Sequence[str], env: Mapping[str, str]) -> None:
+        """One of Ray's nodes there, by these words of `ray start`, with its folder and address."""
+        name = "near" if at is self.near else "far"
+        _start_node(at, name, words, self.folder, {**self.env, **env})
+
+
+@contextlib.contextmanager
+def ray_nodes(shape: Shape, together: bool = False, dashboard: bool = False) -> Iterator[RayNodes]:
+    """Ray over two nodes, until the block ends; `dashboard` runs it on the near one, which takes
+    jobs. Raises as `linked`."""
+    with bare_nodes(shape, together) as nodes:
+        far = None if together else nodes.far
+        _start_ray(nodes.near, far, nodes.folder, nodes.env, dashboard)
+        yield nodes
+
+
+@contextlib.contextmanager
+def bare_nodes(shape: Shape, together: bool = False) -> Iterator[RayNodes]:
+    """The same before Ray runs there; `RayNodes.start_ray` starts it. Raises as `linked`."""
+    with contextlib.ExitStack() as made:
+        folder = Path(made.enter_context(tempfile.TemporaryDirectory(prefix="links-")))
+        link = made.enter_context(joined(shape))
+        near = made.enter_context(node(link.ends[0]))
+        far = near if together else made.enter_context(node(link.ends[1]))
+        env = _ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        yield RayNodes(link, near, far, folder, env)
 
 
 def _holds(row: Mapping[str, Any]) -> int:
@@ -179,23 +218,31 @@ def _sections(
     return {**sections, **ours, "ray": ray, "kv": kv, "ingress": ingress}
 
 
-def _start_ray(near: Node, far: Node | None, folder: Path, env: Mapping[str, str]) -> None:
+def _start_ray(
+    near: Node, far: Node | None, folder: Path, env: Mapping[str, str], dashboard: bool
+) -> None:
     """Ray's nodes; the near one is the far one too where there is no other."""
-    head = ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false"]
-    _start_node(near, ["near"] if far else ["near", "far"], head, folder, env)
+    head = ["--head", f"--port={_GCS_PORT}", f"--include-dashboard={str(dashboard).lower()}"]
+    head += [f"--dashboard-host={near.address}"]
+    _start_node(near, "near", [*head, *_offered("near", *([] if far else ["far"]))], folder, env)
     if far is not None:
-        _start_node(far, ["far"], [f"--address={near.address}:{_GCS_PORT}"], folder, env)
+        joining = [f"--address={near.address}:{_GCS_PORT}", *_offered("far")]
+        _start_node(far, "far", joining, folder, env)
+
+
+def _offered(*names: str) -> list[str]:
+    resources = json.dumps(dict.fromkeys(names, _RESOURCES))
+    return [f"--num-cpus={_CPUS}", f"--resources={resources}"]
 
 
 def _start_node(
-    at: Node, names: Sequence[str], more: Sequence[str], folder: Path, env: Mapping[str, str]
+    at: Node, name: str, more: Sequence[str], folder: Path, env: Mapping[str, str]
 ) -> None:
-    """One, with a folder and the resources of its own."""
-    own, log = folder / names[0], folder / f"{names[0]}.log"
+    """One, with a folder of its own."""
+    own, log = folder / name, folder / f"{name}.log"
     own.mkdir()
     words = [str(_RAY), "start", "--block", f"--node-ip-address={at.address}", *more]
-    words += [f"--num-cpus={_CPUS}", f"--object-store-memory={_STORE_BYTES}"]
-    words += [f"--resources={json.dumps(dict.fromkeys(names, _RESOURCES))}", f"--temp-dir={own}"]
+    words += [f"--object-store-memory={_STORE_BYTES}", f"--temp-dir={own}"]
     process = at.start(words, log, env)
     _await(lambda: "Ray runtime started" in _text(log), process, folder, _NODE_S)
 

@@ -209,6 +209,13 @@ class Stats(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_fields=True
     resident_bytes: dict[str, int]  # of frames in memory, by codec
 
 
+def by_codec(stats: Stats) -> dict[str, int]:
+    """Bytes of all frames by codec; of those that lie on disk alone, by `on_disk`: a shard knows
+    their codec once it reads them."""
+    cold_bytes = stats.stored_bytes - sum(stats.resident_bytes.values())
+    return {**stats.resident_bytes, **({"on_disk": cold_bytes} if cold_bytes > 0 else {})}
+
+
 class Beat(msgspec.Struct, frozen=True, tag="beat", forbid_unknown_fields=True):
     """Sent to see whether the connection stands; to be ignored."""
 

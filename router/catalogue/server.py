@@ -41,8 +41,7 @@ class CatalogueServer:
         self._socket.setsockopt(zmq.SNDHWM, _BACKLOG)
         self._socket.setsockopt(zmq.LINGER, 0)
         curve.lock(self._socket, keys)
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
-        self.address = f"tcp://{host}:{port}"
+        self.address = curve.bind(self._socket, host)
         self._heard: dict[bytes, float] = {}
         self._last = beat()
 

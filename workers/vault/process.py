@@ -49,8 +49,8 @@ class ShardProcess:
         self.restored_blocks = 0
         disk = settings.disk
         store = None if disk is None else open_store(disk, name, settings.fingerprint)
-        total_bytes = settings.memory_bytes if store is None else store.capacity_bytes
-        quotas = Quotas(total_bytes, settings.tenant_bytes, settings.other_tenant_bytes)
+        self.quota_bytes = settings.memory_bytes if store is None else store.capacity_bytes
+        quotas = Quotas(self.quota_bytes, settings.tenant_bytes, settings.other_tenant_bytes)
         terms = Terms(settings.write_s, settings.lease_s, settings.settle_s, settings.most_lease_s)
         self.region = Region(settings.memory_bytes, serves=True)
         policy = POLICIES[settings.policy]()

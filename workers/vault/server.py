@@ -52,8 +52,7 @@ class ShardServer:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._configure()
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
-        self.address = f"tcp://{host}:{port}"
+        self.address = curve.bind(self._socket, host)
         self._clients: set[bytes] = set()
 
     async def serve(self) -> None:

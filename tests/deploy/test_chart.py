@@ -1,0 +1,171 @@
+"""The chart by real Helms: what it renders is valid; what is wrong is refused with the reason."""
+
+from typing import Any
+
+import pytest
+from ray.serve.schema import ServeDeploySchema
+
+from scripts import chart
+from tests.deploy import crd
+from tests.deploy.chart import (
+    CHART,
+    KEYS,
+    VALUES,
+    Document,
+    Helm,
+    of_kind,
+    parsed,
+    pods,
+    serve_config,
+)
+
+pytestmark = pytest.mark.deploy
+
+VAULT = {"shards": 2, "memory_bytes": 1 << 30}
+EXPOSED = {
+    "ingress": {"enabled": True, "host": "llm.example.org", "tlsSecret": "llm"},
+    "gateway": {
+        "enabled": True,
+        "parentRefs": [{"name": "public"}],
+        "hostnames": ["llm.example.org"],
+    },
+}
+# Each way to set something that changes what is rendered.
+MATRIX: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "no prefill": {"config": {"prefill": {"replicas": 0}}},
+    "vault": {"config": {"tiers": {"vault": VAULT}}},
+    "rdma": {"rdma": {"enabled": True}, "config": {"tiers": {"vault": VAULT}}},
+    "exposed": {"expose": EXPOSED},
+    "secrets": {"secrets": {"cluster": "c", "ray": "r", "huggingFace": "h", "tls": "t"}},
+    "claim": {"cache": {"create": True, "storageClass": "fast"}},
+    "own claim": {"cache": {"claim": "models"}},
+    "open": {"networkPolicy": {"enabled": False}},
+    "closed": {"networkPolicy": {"clients": [{"podSelector": {}}], "downloads": False}},
+    "monitoring": {"monitoring": {"podMonitors": True, "rules": True, "dashboards": True}},
+    "placed": {
+        "groups": {
+            "decode": {
+                "nodeSelector": {"gpu": "h200"},
+                "tolerations": [{"key": "gpu", "operator": "Exists"}],
+                "priorityClassName": "serving",
+                "annotations": {"team": "inference"},
+                "env": [{"name": "UCX_NET_DEVICES", "value": "mlx5_0:1"}],
+            }
+        }
+    },
+    "own account": {"serviceAccount": {"name": "mine"}, "image": {"pullSecrets": [{"name": "p"}]}},
+}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a typing error": ({"config": {"router": {"polcy": "breakeven"}}}, "polcy"),
+    "a wrong type": ({"config": {"decode": {"replicas": "two"}}}, "replicas"),
+    "a negative count": ({"config": {"prefill": {"replicas": -1}}}, "replicas"),
+    "no such policy": ({"config": {"router": {"policy": "fastest"}}}, "policy"),
+    "what the chart sets": ({"config": {"host": "10.0.0.1"}}, "host"),
+    "an unknown value": ({"grops": {}}, "grops"),
+    "an unknown group": ({"groups": {"router": {}}}, "router"),
+    "a size that is none": ({"groups": {"decode": {"shm": "plenty"}}}, "shm"),
+    "no host": ({"expose": {"ingress": {"enabled": True}}}, "expose.ingress.host"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def schemas() -> dict[tuple[str, str], crd.Schema]:
+    found = crd.folder()
+    if found is None:
+        pytest.skip("KubeRay's definitions are not in shared/data/kuberay, here or beside")
+    return crd.read(found)
+
+
+def _check(documents: list[Document], schemas: dict[tuple[str, str], crd.Schema]) -> None:
+    kubernetes = pytest.importorskip("kubernetes_validate", reason="requirements/deploy.txt has it")
+    for each in documents:
+        if (each["apiVersion"], each["kind"]) in schemas:
+            assert crd.complaints(each, schemas) == []
+        elif not each["apiVersion"].startswith(("monitoring.coreos.com", "gateway.")):
+            kubernetes.validate(each, "1.33", strict=True)
+    ServeDeploySchema.model_validate(serve_config(documents))
+
+
+def test_lint_has_nothing_to_say(helm: Helm) -> None:
+    """Strictly, for the defaults and for each file of values."""
+    for file in VALUES.values():
+        done = helm.run("lint", "--strict", str(CHART), "--set", KEYS[0], "-f", str(file))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_comes_along_renders_valid_resources(
+    helm: Helm, name: str, schemas: dict[tuple[str, str], crd.Schema]
+) -> None:
+    """By Kubernetes' schemas, KubeRay's, and Serve's own."""
+    _check(helm.documents(name), schemas)
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_each_value_renders_valid_resources(
+    helm: Helm, case: str, schemas: dict[tuple[str, str], crd.Schema]
+) -> None:
+    """The same for each way to set something."""
+    _check(helm.documents(more=MATRIX[case]), schemas)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_values_are_refused_by_name(helm: Helm, case: str) -> None:
+    """Before anything is sent to a cluster."""
+    values, named = WRONG[case]
+    done = helm.template(more=values)
+    assert done.returncode != 0
+    assert named in done.stderr
+
+
+def test_a_missing_secret_is_refused_with_the_remedy(helm: Helm) -> None:
+    """Pods answer beyond loopback, so there are keys."""
+    done = helm.template(sets=())
+    assert done.returncode != 0
+    assert "kubectl create secret generic breakeven-keys" in done.stderr
+
+
+def test_pods_are_confined(helm: Helm) -> None:
+    """No root, no writable image, no capability but the one that RDMA needs, no token of
+    Kubernetes; what they share with others of the node is bounded."""
+    for group, pod in pods(helm.documents("racks")).items():
+        spec = pod["spec"]
+        [container] = spec["containers"]
+        inner = container["securityContext"]
+        assert spec["securityContext"]["runAsNonRoot"]
+        assert spec["automountServiceAccountToken"] is False
+        assert inner["readOnlyRootFilesystem"]
+        assert not inner["allowPrivilegeEscalation"]
+        with_rdma = group in ("prefill", "decode", "vault")
+        assert inner["capabilities"] == {
+            "drop": ["ALL"], **({"add": ["IPC_LOCK"]} if with_rdma else {})
+        }  # fmt: skip
+        assert ("rdma/ib" in container["resources"]["limits"]) == with_rdma
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+        mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert {"/dev/shm", "/tmp", "/var/cache/breakeven"} <= mounted
+
+
+def test_every_group_has_a_budget_for_disruptions_and_probes(helm: Helm) -> None:
+    """Those of its own: an ingress is ready once it has a working path."""
+    documents = helm.documents("racks")
+    budgets = {each["metadata"]["name"] for each in of_kind(documents, "PodDisruptionBudget")}
+    groups = pods(documents)
+    assert budgets == {f"test-breakeven-{group}" for group in groups}
+    for group, pod in groups.items():
+        [container] = pod["spec"]["containers"]
+        named = {port["name"] for port in container["ports"]}
+        ready = container["readinessProbe"]["httpGet"]
+        assert ready["port"] in named
+        assert container["livenessProbe"]["httpGet"]["port"] in named
+        assert (ready["path"] == "/readyz") == (group == "ingress")
+        assert ("lifecycle" in container) == (group != "head")
+
+
+def test_manifests_are_what_the_chart_renders(helm: Helm) -> None:
+    """`make chart` writes k8s/; both Helms render the same, but for its order and empty lines."""
+    for path, text in chart.manifests(helm.program).items():
+        kept, made = (sorted(parsed(each), key=str) for each in (path.read_text(), text))
+        assert kept == made, f"{path.name}: run `make chart`"

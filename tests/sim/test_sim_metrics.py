@@ -1,0 +1,88 @@
+"""What an ingress tells of each replica and of what things cost."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+from prometheus_client.registry import Collector
+
+from kv.catalogue import Tier
+from router.curve_metrics import CurveMetrics
+from router.curves import curves_of
+from router.replica_metrics import ReplicaMetrics
+from router.targets import targets_of
+from tests.sim.world import World, request, world
+from workers.messages import TierLoad
+
+
+def _samples(collector: Collector) -> dict[tuple[Any, ...], float]:
+    found = (sample for metric in collector.collect() for sample in metric.samples)
+    return {(each.name, *each.labels.values()): each.value for each in found}
+
+
+def _load(here: World, name: str, **changes: Any) -> None:
+    member = here.fleet.member(name)
+    assert member is not None
+    member.load = msgspec.structs.replace(member.load, **changes)
+
+
+async def test_a_replica_s_load_is_told_and_goes_with_it() -> None:
+    """A hung one has none, rather than what it told last."""
+    async with world() as here:
+        _load(here, "decode-0", running=3, waiting=2, kv_usage=0.5)
+        found = _samples(ReplicaMetrics(here.fleet))
+        assert found["breakeven_replica_running", "decode", "decode-0"] == 3
+        assert found["breakeven_replica_waiting", "decode", "decode-0"] == 2
+        assert found["breakeven_replica_kv_usage", "decode", "decode-0"] == 0.5
+        here.engine("decode-0").hang()
+        await asyncio.sleep(5.0)
+        found = _samples(ReplicaMetrics(here.fleet))
+        assert found["breakeven_replica_running", "decode", "decode-0"] == 0
+
+
+async def test_a_fallback_is_a_node_with_rdma_whose_replica_reads_by_tcp() -> None:
+    """Not one that reads by RDMA, nor by shared memory alone, nor one that has no device."""
+    async with world() as here:
+        for lanes, rdma, fallbacks in (
+            (("tcp/eth0",), True, 1),
+            (("sysv/memory", "tcp/eth0"), True, 1),
+            (("rc_mlx5/mlx5_0:1", "tcp/eth0"), True, 0),
+            (("cuda_ipc/cuda", "cma/memory"), True, 0),
+            (("tcp/eth0",), False, 0),
+        ):
+            _load(here, "decode-0", lanes=lanes)
+            member = here.fleet.member("decode-0")
+            assert member is not None
+            member.replica = msgspec.structs.replace(member.replica, rdma=rdma)
+            told = _samples(ReplicaMetrics(here.fleet))
+            assert told[("breakeven_rdma_fallbacks",)] == fallbacks, lanes
+
+
+async def test_costs_are_medians_of_what_plans_go_by() -> None:
+    """Links by their first tier and transport; as /admin/curves has them one by one."""
+    async with world() as here:
+        await here.ask(request("r", range(400), 3))
+        host = TierLoad(blocks=4, unnamed=0, latency_s=0.002, per_byte_s=1e-9)
+        for name in ("decode-0", "decode-1"):
+            _load(here, name, lanes=("cma/memory",), tiers={Tier.HOST: host})
+        found, rows = _samples(CurveMetrics(here.fleet)), curves_of(here.fleet)
+        latencies = sorted(row["latency_s"] for row in rows["links"].values())
+        told = found["breakeven_link_latency_seconds", "device", "cma/memory"]
+        assert latencies[0] <= told <= latencies[-1]
+        assert found["breakeven_link_latency_seconds", "host", "local"] == 0.002
+        assert found["breakeven_link_seconds_per_byte", "host", "local"] == 1e-9
+        crossover = rows["tiers"]["decode-0"]["host"]["crossover_tokens"]
+        assert round(found["breakeven_crossover_tokens", "host", "local"], 1) == crossover
+        speed = here.fleet.members()[0].speed.curve.seconds(1024, 0)
+        assert found["breakeven_prefill_seconds", "decode"] == speed
+
+
+async def test_targets_are_those_that_answer_prometheus() -> None:
+    """A replica without an endpoint is left out."""
+    async with world() as here:
+        member = here.fleet.member("decode-0")
+        assert member is not None
+        member.replica = msgspec.structs.replace(member.replica, metrics_address="10.0.0.7:9464")
+        [target] = targets_of(here.fleet.members())
+        assert target.targets == ["10.0.0.7:9464"]
+        assert target.labels == {"role": "decode", "replica": "decode-0"}
