@@ -60,9 +60,9 @@ class Pairs:
     def warm(
         self, prefill: Iterable[Member], decode: Iterable[Member], tasks: asyncio.TaskGroup
     ) -> None:
-        """Begin to introduce whoever has not met yet."""
-        decode = tuple(decode)
-        for p in prefill:
+        """Begin to introduce whoever has not met yet, and stays."""
+        decode = tuple(filter(_stays, decode))
+        for p in filter(_stays, prefill):
             for d in decode:
                 pair = (p.name, d.name)
                 if pair not in self._links and pair not in self._warming:
@@ -116,7 +116,7 @@ class Pairs:
         try:
             # Others come first: their time is not this pair's.
             async with self._locks[prefill.name], self._locks[decode.name]:
-                if not (prefill.up and decode.up):  # lost while they waited for their turn
+                if not (_stays(prefill) and _stays(decode)):  # while they waited for their turn
                     return
                 async with asyncio.timeout(_TIMEOUT_S):
                     curve = await self._measure(prefill, decode)
@@ -168,6 +168,11 @@ class Pairs:
             raise
         seconds = asyncio.get_running_loop().time() - began
         return TransferSample(n_tokens * prefill.replica.kv_bytes_per_token, seconds)
+
+
+def _stays(member: Member) -> bool:
+    """One that goes would leave a handoff unread, whose blocks stay until their lease ends."""
+    return member.up and not member.load.draining
 
 
 def joined(prefill: Member, decode: Member) -> str:

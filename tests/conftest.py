@@ -4,7 +4,7 @@ import contextlib
 import os
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,17 @@ settings.register_profile("breakeven", deadline=None)
 settings.load_profile("breakeven")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ucx_of_a_module() -> Iterator[None]:
+    """What a test in this process told UCX is not for the processes that later ones start."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("UCX_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("UCX_")]:
+        if name not in before:
+            del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

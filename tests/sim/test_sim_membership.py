@@ -144,3 +144,20 @@ async def test_who_is_lost_while_waiting_for_its_turn_holds_nobody_up() -> None:
         here.start("decode-2", Role.DECODE, epoch="2")
         await here.warmed()
         assert here.now() - began_s < 50.0
+
+
+async def test_whoever_drains_is_introduced_to_nobody_new() -> None:
+    """It may be gone before it has read what another handed it, whose blocks would then wait for
+    their lease to end."""
+    async with world(prefill=1, decode=2) as here:
+        leaving = here.engine("decode-0")
+        told = leaving.load
+        leaving.load = lambda: msgspec.structs.replace(told(), draining=True)  # type: ignore[method-assign]
+        await asyncio.sleep(2.0)
+        here.start("prefill-1", Role.PREFILL)
+        await asyncio.sleep(10.0)
+        met = {pair for pair in here.fleet.pairs.links if "prefill-1" in pair}
+        assert met == {("prefill-1", "decode-1")}
+        leaving.load = told  # type: ignore[method-assign]
+        await here.warmed()
+        assert ("prefill-1", "decode-0") in here.fleet.pairs.links
