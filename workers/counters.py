@@ -1,6 +1,7 @@
 """What an engine has done since it started, and what fetching from its tiers costs it."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -62,6 +63,13 @@ def with_tiers(sources: Sources, loaded: Mapping[CacheHitSource, int] | None) ->
         counted[name] = counted.get(name, 0) + tokens
     counted.setdefault("received_tokens", 0)
     return msgspec.structs.replace(sources, **counted)
+
+
+def without_connectors(stats: SchedulerStats | None) -> SchedulerStats | None:
+    """For vLLM's own metrics, which know no words of our tiers; ours count those."""
+    if stats is None or stats.kv_connector_stats is None:
+        return stats
+    return replace(stats, kv_connector_stats=None)
 
 
 class Counters:

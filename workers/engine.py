@@ -36,7 +36,7 @@ from workers.backlog import Backlog
 from workers.carry import advance_grammar
 from workers.classes import Classes
 from workers.connector import lease_s, trusted_s
-from workers.counters import Counters, with_tiers
+from workers.counters import Counters, with_tiers, without_connectors
 from workers.erasure import Erased, Erasure
 from workers.events import MirrorEvents
 from workers.first_to_go import FirstToGo, step_pages
@@ -362,7 +362,7 @@ class Engine:
                 self._erasure.mark(delta.request_id, delta.handoff)
         for batch in outputs.values():
             self._totals.observe(batch.scheduler_stats)
-            self._vllm_metrics.record(batch.scheduler_stats, None)
+            self._vllm_metrics.record(without_connectors(batch.scheduler_stats), None)
         for load in () if self.vault is None else self.vault.loads():
             self._totals.loaded(Tier.VAULT, *load)
         self._totals.count(deltas)

@@ -198,7 +198,7 @@ def test_a_catalogue_that_hangs_raises_its_alert(cluster: Cluster, prometheus: P
     """Plans go on without hits meanwhile."""
     with struck("stop", cluster.get("/admin/replicas")["catalogue"]["pid"]):
         await_that(lambda: prometheus.firing("BreakevenCatalogueGap"), "it fires", 30.0, 0.5)
-        _ask(cluster, 99, 40)
+        _ask(cluster, 30, 40)
 
 
 @pytest.mark.usefixtures("busy")

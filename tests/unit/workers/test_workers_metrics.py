@@ -3,6 +3,7 @@
 import urllib.request
 
 import pytest
+from prometheus_client import REGISTRY, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from kv.catalogue import Tier
@@ -46,6 +47,20 @@ def test_an_engine_answers_with_its_load_as_it_is_now() -> None:
         assert _samples(endpoint.address)["breakeven_engine_running"] == 1
     finally:
         endpoint.close()
+
+
+def test_names_are_as_vllm_documents_them() -> None:
+    """Whatever format Prometheus prefers: a colon in a name stays one."""
+    held = Counter("vllm:of_this_test", "", registry=REGISTRY)
+    endpoint = Endpoint("127.0.0.1", None, EngineMetrics(lambda: LOAD))
+    try:
+        prefers = {"accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}
+        asked = urllib.request.Request(f"http://{endpoint.address}/metrics", headers=prefers)
+        with urllib.request.urlopen(asked, timeout=5) as answer:
+            assert "\nvllm:of_this_test_total 0.0\n" in answer.read().decode()
+    finally:
+        endpoint.close()
+        REGISTRY.unregister(held)
 
 
 def test_a_port_that_is_taken_is_told_with_the_remedy() -> None:
