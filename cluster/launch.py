@@ -48,7 +48,7 @@ def serve(config: Config) -> int:
             while not stop.wait():
                 deploy.restart(take_order(run_dir))
     finally:
-        _end(run_dir, keep_logs=failed and not stop.asked)
+        _end(run_dir, config.ray.address is not None, keep_logs=failed and not stop.asked)
     return 0
 
 
@@ -168,9 +168,9 @@ class _Signals:
         self._came.set()
 
 
-def _end(run_dir: Path, keep_logs: bool) -> None:
+def _end(run_dir: Path, joined: bool, keep_logs: bool) -> None:
     try:
-        local_ray.stop(APP)
+        local_ray.stop(APP, joined)
     except KeyboardInterrupt:
         print("stopping now", flush=True)
     local_ray.sweep(run_dir, keep_logs)

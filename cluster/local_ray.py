@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from cluster import joining, state
+from cluster import joining, owner, state
 from cluster.config import Config, check_nodes
 from cluster.errors import StartError
 from cluster.home import IN_CHECKOUT, ROOT
@@ -107,14 +107,14 @@ def _code() -> dict[str, Any] | None:
     return {"env_vars": {"PYTHONPATH": str(ROOT)}}
 
 
-def stop(app: str) -> None:
+def stop(app: str, joined: bool) -> None:
     """End the app's replicas gracefully, then Ray, if it is ours."""
     import ray
     from ray import serve
 
     # A Ray that is half gone must not keep us from ending the rest; one that never came up
-    # must not be started for this.
-    if ray.is_initialized():
+    # must not be started for this. On a Ray cluster that was joined the app may be another's.
+    if ray.is_initialized() and (not joined or owner.holds()):
         with contextlib.suppress(Exception):
             serve.delete(app)
     ray.shutdown()

@@ -42,6 +42,11 @@ def claim(url: str) -> None:
         ) from None
 
 
+def holds() -> bool:
+    """Whether this process has it."""
+    return bool(_held)
+
+
 def _holder() -> str:
     import ray
 

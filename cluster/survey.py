@@ -63,7 +63,7 @@ def survey(model: str | None) -> list[Facts]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask = ray.remote(facts).options(num_cpus=0, max_retries=0)
+    ask = ray.remote(num_cpus=0, max_retries=0)(facts)
     asked = {}
     for node in ray.nodes():
         # An operator's head often has none, so that nothing runs there.

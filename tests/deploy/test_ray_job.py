@@ -1,5 +1,6 @@
 """`ray job submit` onto a Ray cluster of two nodes, from a checkout that is nowhere installed."""
 
+import json
 import subprocess
 import sys
 import time
@@ -41,11 +42,12 @@ class Jobs:
         said = [_RAY, "job", words[0], address, *words[1:]]
         return self.nodes.near.run(said, self.nodes.env, timeout_s=120.0)
 
-    def submit(self, name: str, config: Path) -> None:
+    def submit(self, name: str, config: Path, **env: str) -> None:
         """As the documentation says, but for waiting."""
-        words = ("--working-dir", ".", "--submission-id", name, "--no-wait", "--")
+        words = ("--working-dir", ".", "--submission-id", name, "--no-wait")
+        runtime = ("--runtime-env-json", json.dumps({"env_vars": env}))
         serving = (sys.executable, "-m", "cluster", "serve", "--config", str(config))
-        done = self.command("submit", *words, *serving)
+        done = self.command("submit", *words, *runtime, "--", *serving)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def logs(self, name: str) -> str:
@@ -54,8 +56,13 @@ class Jobs:
 
     def ended(self, name: str) -> str:
         """The same, once it has failed."""
-        await_that(lambda: "FAILED" in self.command("status", name).stdout, "it failed", 60.0, 1.0)
+        await_that(lambda: self.failed(name), "it failed", 60.0, 1.0)
         return self.logs(name)
+
+    def failed(self, name: str) -> bool:
+        """By Ray's own words."""
+        done = self.command("status", name)
+        return f"'{name}' failed" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,12 @@ def _other(nodes: RayNodes, model: Path, name: str, **sections: Any) -> Path:
     return file.rename(file.with_name(name))
 
 
+def _changed(file: Path, **sections: Any) -> Path:
+    """With other values where the nodes set them."""
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **sections}))
+    return file
+
+
 def test_a_cluster_that_asks_for_too_much_is_refused(jobs: Jobs, tiny_model: Path) -> None:
     """Before anything starts, with the numbers and the remedy."""
     greedy_one = {**SECTIONS["decode"], "resources": {"a100_rack": 1}}
@@ -102,8 +115,7 @@ def test_a_cluster_that_asks_for_too_much_is_refused(jobs: Jobs, tiny_model: Pat
 def test_a_model_that_a_node_lacks_is_refused(jobs: Jobs, tiny_model: Path) -> None:
     """The path is where it was looked for."""
     config = _other(jobs.nodes, tiny_model, "lacking.yaml")
-    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": "/no/model"}))
-    jobs.submit("lacking", config)
+    jobs.submit("lacking", _changed(config, model="/no/model"))
     assert "no folder /no/model" in jobs.ended("lacking")
 
 
@@ -122,7 +134,8 @@ def test_a_job_serves_over_both_nodes(jobs: Jobs, tiny_model: Path, plain: list[
     row = cluster.replicas()["decode-0"]
     assert (row["lanes"], row["failed_transfers"]) == (["tcp/wire"], 0)
     assert row["transfer_bytes"] >= sum(map(len, PROMPTS)) // 32 * 32 * row["kv_bytes_per_token"]
-    jobs.submit("second", _other(nodes, tiny_model, "second.yaml"))
+    second = _changed(_other(nodes, tiny_model, "second.yaml"), ingress={"port": 8001})
+    jobs.submit("second", second, BREAKEVEN_CACHE=str(nodes.folder / "second"))
     assert "a cluster already runs on this Ray cluster, at http" in jobs.ended("second")
     assert _ask(cluster, PROMPTS[0]) == plain[0]
     assert jobs.command("stop", "first").returncode == 0
@@ -138,6 +151,6 @@ def _ready(jobs: Jobs, name: str, config: Path) -> None:
     jobs.submit(name, config)
     deadline = time.monotonic() + READY_S
     while "ready http" not in (said := jobs.logs(name)):
-        assert "FAILED" not in jobs.command("status", name).stdout, said
+        assert not jobs.failed(name), said
         assert time.monotonic() < deadline, said
         time.sleep(1.0)
