@@ -164,6 +164,9 @@ volumeMounts:
 - {name: gcs-server, containerPort: 6379}
 - {name: dashboard, containerPort: 8265}
 - {name: client, containerPort: 10001}
+# Of the dashboard and of the autoscaler, for Prometheus.
+- {name: dash-metrics, containerPort: 44227}
+- {name: as-metrics, containerPort: 44217}
 {{- else if eq $group "ingress" }}
 - {name: http, containerPort: 8000}
 {{- else }}
