@@ -62,8 +62,8 @@ def _tell_ray(seconds: float) -> None:
         context.get_node_id(),
         DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
         "breakeven drain",
-        # Ray ends the node's processes then; whoever asked does so first.
-        int((time.time() + 2 * seconds) * 1000),
+        # Where a successor finds no place, Serve stops a replica in time to be gone by then.
+        int((time.time() + seconds) * 1000),
     )
     ray.shutdown()
     if not accepted:

@@ -93,6 +93,19 @@ class ReplicaProcess:
         metrics = EngineMetrics(self._server.load)
         self._metrics = Endpoint(settings.host, settings.metrics_port, metrics)
         logger.info("%s: engine ready in %.1f s", self.name, time.monotonic() - began)
+        hardware = options.hardware(config)
+        return self._announced(config, samples, step_s, hardware, peer_address)
+
+    def _announced(
+        self,
+        config: Any,
+        samples: tuple[tuple[int, int, float], ...],
+        step_s: float,
+        hardware: str,
+        peer_address: str,
+    ) -> Replica:
+        """Who this is; `config` is vLLM's."""
+        settings = self._settings
         return Replica(
             name=self.name,
             role=settings.role,
@@ -107,7 +120,7 @@ class ReplicaProcess:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             prefill_samples=samples,
             step_s=step_s,
-            hardware=options.hardware(config),
+            hardware=hardware,
             peer_address=peer_address,
             room_tokens=self._engine.room_tokens() if peer_address else 0,
             metrics_address=self._metrics.address,
