@@ -78,6 +78,7 @@ def _curves(cells: Sequence[Cell], path: Path) -> None:
         if at is not None:
             axes.axvline(at, color="grey", linestyle=":", label="crossover")
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_yscale("log")
         style(axes, f"{along[0].link}, {along[0].codec}", "cached prefix tokens", "s")
     for axes in grid.flat[len(several) :]:

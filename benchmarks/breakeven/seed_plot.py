@@ -46,6 +46,7 @@ def _bound(axes: Any, kept: Mapping[str, Any]) -> None:
         points = [(i, median(each)) for (i, o), each in shares.items() if o == outputs]
         axes.plot(*zip(*points, strict=True), marker="o", label=f"{outputs} tokens out")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(0.0, 1.0)
     style(axes, "Prefill's share: the most that a hit can save", "prompt tokens", "share")
 
