@@ -41,6 +41,7 @@ _KNOWN: dict[str, Any] = {
     "upgradeStrategy": {"enum": ["NewCluster", "None"]},
     "terminationGracePeriodSeconds": {"type": "integer", "minimum": 20},
     "rdma.count": {"type": "integer", "minimum": 1},
+    "redis.address": {"type": "string", "pattern": "^$|^(rediss?://)?[^/]+:[0-9]+$"},
 }
 _OF_A_GROUP: dict[str, Any] = {
     "resources": {
@@ -53,7 +54,7 @@ _OF_A_GROUP: dict[str, Any] = {
     },
     "shm": _QUANTITY,
     "scratch": _QUANTITY,
-    "maxUnavailable": {"type": ["integer", "string"]},
+    "maxUnavailable": {"type": "integer", "minimum": 0},
     "env": _NAMED,
     "tolerations": _NAMED,
 }
@@ -68,6 +69,10 @@ def schema() -> dict[str, Any]:
     for name, keys in _OURS.items():
         for key in keys:
             del sections["$defs"][name]["properties"][key]
+    # Beside a $ref some of Helm's validators see nothing else.
+    decode = sections["$defs"]["Config"]["properties"]["decode"]
+    at_least_one = {"properties": {"replicas": {"minimum": 1}}}
+    decode["allOf"] = [{"$ref": decode.pop("$ref")}, at_least_one]
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     found = _object(defaults, "")
     found["properties"]["config"] = {"$ref": sections["$ref"]}
@@ -112,8 +117,8 @@ def _rendered(helm: str, name: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     head = (
         f"# Rendered from helm/breakeven and its values/{name}.yaml by `make chart`.\n"
-        "# First make the Secrets breakeven-keys (keys.yaml) and breakeven-cluster (key): see\n"
-        "# docs/operations.md.\n"
+        "# First make the namespace and the Secrets breakeven-keys and breakeven-cluster, as\n"
+        f"# docs/operations.md says; then: kubectl apply -n breakeven -f k8s/{name}.yaml\n"
     )
     return head + done.stdout
 

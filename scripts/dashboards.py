@@ -1,8 +1,9 @@
 """Grafana's dashboards as code: `dashboards.py` writes helm/breakeven/monitoring/dashboards/*.json.
 
 Every ingress tells the whole cluster's figures: what is of the cluster is taken from one of them
-(`max`), what each counts for itself, requests and plans, is added up (`sum`). `--check` writes
-nothing, and exits with 1 where a file would change.
+(`max`), what each counts for itself, requests and plans, is added up (`sum`). Clusters are told
+apart by the labels that the chart's PodMonitor gives; where nothing gives any, there is one.
+`--check` writes nothing, and exits with 1 where a file would change.
 """
 
 import argparse
@@ -15,6 +16,10 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent.parent / "helm" / "breakeven" / "monitoring" / "dashboards"
 _WIDTH, _HEIGHT, _STAT_WIDTH, _STAT_HEIGHT = 12, 8, 6, 4
+_CLUSTER = "namespace, ray_io_cluster"
+# Which clusters are shown: `.*`, unless some are picked, is any, and a series without the label.
+VARIABLE = "$cluster"
+_PICKED = f'ray_io_cluster=~"{VARIABLE}"'
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,29 @@ class Board:
     panels: tuple[Panel, ...]
 
 
-def rate(metric: str, by: str = "") -> str:
+def picked(metric: str, *labels: str) -> str:
+    """Its series of the clusters that are shown."""
+    return f"{metric}{{{', '.join((_PICKED, *labels))}}}"
+
+
+def each(kind: str, series: str, by: str = "") -> str:
+    """An aggregate of each cluster."""
+    return f"{kind} by ({', '.join(filter(None, (_CLUSTER, by)))}) ({series})"
+
+
+def rate(metric: str, by: str = "", *labels: str) -> str:
     """A second, of what each ingress counts for itself."""
-    grouped = f" by ({by})" if by else ""
-    return f"sum{grouped} (rate({metric}[$__rate_interval]))"
+    return each("sum", f"rate({picked(metric, *labels)}[$__rate_interval])", by)
 
 
 def of_cluster(metric: str, by: str = "") -> str:
     """A second, of what every ingress tells of the whole cluster."""
-    grouped = f" by ({by})" if by else ""
-    return f"max{grouped} (rate({metric}[$__rate_interval]))"
+    return each("max", f"rate({picked(metric)}[$__rate_interval])", by)
+
+
+def gauge(metric: str, by: str = "") -> str:
+    """What every ingress tells of the whole cluster."""
+    return each("max", picked(f"breakeven_{metric}"), by)
 
 
 def quantile(q: float, metric: str, by: str = "") -> str:
@@ -60,18 +78,21 @@ def spread(metric: str) -> tuple[tuple[str, str], ...]:
     return tuple((quantile(q, metric), f"p{round(100 * q)}") for q in (0.5, 0.95, 0.99))
 
 
-def _of_links(metric: str) -> str:
-    return f"max by ({_LINK}) (breakeven_{metric})"
-
-
 def _of_engines(metric: str) -> str:
     """A second, by each engine's own endpoint."""
-    return f"sum by (instance) (rate({metric}[$__rate_interval]))"
+    return rate(metric, "instance")
+
+
+def _of_each(metric: str) -> str:
+    """Of each replica."""
+    return gauge(f"replica_{metric}", "role, replica")
 
 
 _LINK, _BY_LINK = "source_tier, transport", "{{source_tier}} by {{transport}}"
 _TTFT, _ITL = "breakeven_request_ttft_seconds", "breakeven_request_itl_seconds"
-_GOOD = f'sum (rate({_TTFT}_bucket{{le="2.0"}}[$__rate_interval]))'
+_GOOD = rate(f"{_TTFT}_bucket", "", 'le="2.0"')
+_TOKENS = "breakeven_prompt_tokens_total"
+_ALL_TOKENS = each("sum", of_cluster(_TOKENS, "source"))
 
 OVERVIEW = Board(
     "breakeven-overview",
@@ -102,7 +123,7 @@ OVERVIEW = Board(
             "Replicas up",
             "By role",
             "none",
-            (("count by (role) (max by (role, replica) (breakeven_replica_up) == 1)", "{{role}}"),),
+            ((gauge("replicas_up", "role"), "{{role}}"),),
             stat=True,
         ),
         Panel("Time to first token", "From the plan on", "s", spread(_TTFT)),
@@ -124,8 +145,8 @@ OVERVIEW = Board(
             "Batch requests that wait for room, and that run",
             "none",
             (
-                ("sum (breakeven_batch_waiting)", "wait"),
-                ("sum (breakeven_batch_running)", "run"),
+                (each("sum", picked("breakeven_batch_waiting")), "wait"),
+                (each("sum", picked("breakeven_batch_running")), "run"),
             ),
         ),
         Panel(
@@ -157,37 +178,37 @@ BREAKEVEN = Board(
             "Prompt tokens by source",
             "Where the KV of prompts came from",
             "none",
-            ((of_cluster("breakeven_prompt_tokens_total", "source"), "{{source}}"),),
+            ((of_cluster(_TOKENS, "source"), "{{source}}"),),
         ),
         Panel(
             "Break-even prefix",
             "The tokens from which on fetching costs no more than computing",
             "none",
-            ((_of_links("crossover_tokens"), _BY_LINK),),
+            ((gauge("crossover_tokens", _LINK), _BY_LINK),),
         ),
         Panel(
             "Latency of links",
             "Median of a kind, without bytes",
             "s",
-            ((_of_links("link_latency_seconds"), _BY_LINK),),
+            ((gauge("link_latency_seconds", _LINK), _BY_LINK),),
         ),
         Panel(
             "Speed of links",
             "Median of a kind",
             "Bps",
-            ((f"1 / ({_of_links('link_seconds_per_byte')} > 0)", _BY_LINK),),
+            ((f"1 / ({gauge('link_seconds_per_byte', _LINK)} > 0)", _BY_LINK),),
         ),
         Panel(
             "Computing 1,024 tokens",
             "Median of a role",
             "s",
-            (("max by (role) (breakeven_prefill_seconds)", "{{role}}"),),
+            ((gauge("prefill_seconds", "role"), "{{role}}"),),
         ),
         Panel(
             "Regret",
             "How likely a block that leaves paged KV is asked for again",
             "percentunit",
-            (("max (breakeven_eviction_regret_ratio)", "chance"),),
+            ((gauge("eviction_regret_ratio"), "chance"),),
         ),
     ),
 )
@@ -200,7 +221,7 @@ KV_PLANE = Board(
             "KV held by tiers",
             "The device tier is what is cached in paged KV",
             "bytes",
-            (("max by (tier) (breakeven_tier_bytes)", "{{tier}}"),),
+            ((gauge("tier_bytes", "tier"), "{{tier}}"),),
         ),
         Panel(
             "Hits",
@@ -208,8 +229,7 @@ KV_PLANE = Board(
             "percentunit",
             (
                 (
-                    f"{of_cluster('breakeven_prompt_tokens_total', 'source')} / on () group_left "
-                    "sum (max by (source) (rate(breakeven_prompt_tokens_total[$__rate_interval])))",
+                    f"{of_cluster(_TOKENS, 'source')} / on ({_CLUSTER}) group_left {_ALL_TOKENS}",
                     "{{source}}",
                 ),
             ),
@@ -224,7 +244,7 @@ KV_PLANE = Board(
             "Leases",
             "Finished prefills whose blocks wait to be read",
             "none",
-            (("max (breakeven_leases)", "leases"),),
+            ((gauge("leases"), "leases"),),
         ),
         Panel(
             "KV moved",
@@ -242,33 +262,35 @@ KV_PLANE = Board(
             "Reads that failed",
             "And were computed anew, a second",
             "none",
-            ((of_cluster("breakeven_failed_transfers_total"), "reads"),),
+            (
+                (rate("breakeven_engine_failed_transfers_total"), "of other engines"),
+                (rate("breakeven_engine_failed_loads_total"), "of tiers"),
+            ),
         ),
         Panel(
             "Vault",
             "What it stores by codec, and may store in all",
             "bytes",
             (
-                ("max by (codec) (breakeven_vault_bytes)", "{{codec}}"),
-                ("max (breakeven_vault_quota_bytes)", "quota"),
+                (gauge("vault_bytes", "codec"), "{{codec}}"),
+                (gauge("vault_quota_bytes"), "quota"),
             ),
         ),
         Panel(
             "Catalogue",
             "How old the oldest change was when it was taken in",
             "s",
-            (("max (breakeven_catalogue_lag_seconds)", "lag"),),
+            ((gauge("catalogue_lag_seconds"), "lag"),),
         ),
         Panel(
             "Replicas that fell back to TCP",
             "On nodes with RDMA",
             "none",
-            (("max (breakeven_rdma_fallbacks)", "replicas"),),
+            ((gauge("rdma_fallbacks"), "replicas"),),
         ),
     ),
 )
 
-_EACH = "max by (role, replica) (breakeven_replica_{})"
 REPLICAS = Board(
     "breakeven-replicas",
     "Breakeven: replicas",
@@ -277,21 +299,17 @@ REPLICAS = Board(
             "Prompt tokens to compute",
             "The queue of each replica",
             "none",
-            ((_EACH.format("pending_prefill_tokens"), "{{replica}}"),),
+            ((_of_each("pending_prefill_tokens"), "{{replica}}"),),
         ),
-        Panel(
-            "Requests that run", "In the batch", "none", ((_EACH.format("running"), "{{replica}}"),)
-        ),
-        Panel(
-            "Requests that wait", "For a seat", "none", ((_EACH.format("waiting"), "{{replica}}"),)
-        ),
+        Panel("Requests that run", "In the batch", "none", ((_of_each("running"), "{{replica}}"),)),
+        Panel("Requests that wait", "For a seat", "none", ((_of_each("waiting"), "{{replica}}"),)),
         Panel(
             "Paged KV",
             "Share of pages that are held",
             "percentunit",
-            ((_EACH.format("kv_usage"), "{{replica}}"),),
+            ((_of_each("kv_usage"), "{{replica}}"),),
         ),
-        Panel("Up", "1 while a replica answers", "none", ((_EACH.format("up"), "{{replica}}"),)),
+        Panel("Up", "1 while a replica answers", "none", ((_of_each("up"), "{{replica}}"),)),
         Panel(
             "Time between tokens",
             "By class, p95",
@@ -328,6 +346,7 @@ def rendered(board: Board) -> str:
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
     from grafana_foundation_sdk.models.dashboard import DataSourceRef
 
+    source = DataSourceRef(type_val="prometheus", uid="${datasource}")
     made = (
         dashboard.Dashboard(board.title)
         .uid(board.uid)
@@ -335,11 +354,34 @@ def rendered(board: Board) -> str:
         .refresh("30s")
         .time("now-1h", "now")
         .with_variable(dashboard.DatasourceVariable("datasource").type("prometheus"))
+        .with_variable(_clusters(source))
     )
-    source = DataSourceRef(type_val="prometheus", uid="${datasource}")
     for panel in board.panels:
         made = made.with_panel(_drawn(panel, source))
     return JSONEncoder(sort_keys=True, indent=2).encode(made.build()) + "\n"
+
+
+def _clusters(source: Any) -> Any:
+    """The variable that picks clusters; all of them until somebody does."""
+    from grafana_foundation_sdk.builders import dashboard
+    from grafana_foundation_sdk.models.dashboard import (
+        VariableOption,
+        VariableRefresh,
+        VariableSort,
+    )
+
+    return (
+        dashboard.QueryVariable(VARIABLE.removeprefix("$"))
+        .label("Cluster")
+        .datasource(source)
+        .query("label_values(breakeven_catalogue_up, ray_io_cluster)")
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(VariableSort.ALPHABETICAL_ASC)
+        .include_all(True)
+        .all_value(".*")
+        .multi(True)
+        .current(VariableOption(selected=True, text="All", value="$__all"))
+    )
 
 
 def _drawn(panel: Panel, source: Any) -> Any:
@@ -350,7 +392,9 @@ def _drawn(panel: Panel, source: Any) -> Any:
     made = kind().title(panel.title).description(panel.about).unit(panel.unit)
     made = made.datasource(source).span(width).height(height).min(0)
     for letter, (query, legend) in zip(ascii_uppercase, panel.queries, strict=False):
-        asked = prometheus.Dataquery().ref_id(letter).expr(query).legend_format(legend)
+        # Nothing but a space where there are no such labels.
+        named = f"{legend} {{{{ray_io_cluster}}}}"
+        asked = prometheus.Dataquery().ref_id(letter).expr(query).legend_format(named)
         made = made.with_target(asked)
     return made
 

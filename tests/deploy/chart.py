@@ -12,6 +12,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "breakeven"
+ALERTS = CHART / "monitoring" / "alerts.yaml"
 VALUES = {path.stem: path for path in sorted((CHART / "values").glob("*.yaml"))}
 KEYS = ("secrets.keys=breakeven-keys",)
 

@@ -19,9 +19,8 @@ from tests.deploy.chart import (
     serve_config,
 )
 
-pytestmark = pytest.mark.deploy
-
 VAULT = {"shards": 2, "memory_bytes": 1 << 30}
+GPUS = {"device": "cuda", "engine": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}}
 EXPOSED = {
     "ingress": {"enabled": True, "host": "llm.example.org", "tlsSecret": "llm"},
     "gateway": {
@@ -30,11 +29,18 @@ EXPOSED = {
         "hostnames": ["llm.example.org"],
     },
 }
+
+
+def _gpus(count: int) -> dict[str, Any]:
+    return {"resources": {"limits": {"nvidia.com/gpu": count}}}
+
+
 # Each way to set something that changes what is rendered.
 MATRIX: dict[str, dict[str, Any]] = {
     "defaults": {},
     "no prefill": {"config": {"prefill": {"replicas": 0}}},
     "vault": {"config": {"tiers": {"vault": VAULT}}},
+    "GPUs": {"config": GPUS, "groups": {"prefill": _gpus(4), "decode": _gpus(4)}},
     "rdma": {"rdma": {"enabled": True}, "config": {"tiers": {"vault": VAULT}}},
     "exposed": {"expose": EXPOSED},
     "secrets": {"secrets": {"cluster": "c", "ray": "r", "huggingFace": "h", "tls": "t"}},
@@ -54,6 +60,7 @@ MATRIX: dict[str, dict[str, Any]] = {
             }
         }
     },
+    "redis": {"redis": {"address": "redis.data:6380", "secret": "redis"}},
     "own account": {"serviceAccount": {"name": "mine"}, "image": {"pullSecrets": [{"name": "p"}]}},
 }
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -66,6 +73,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown group": ({"groups": {"router": {}}}, "router"),
     "a size that is none": ({"groups": {"decode": {"shm": "plenty"}}}, "shm"),
     "no host": ({"expose": {"ingress": {"enabled": True}}}, "expose.ingress.host"),
+    "no decode": ({"config": {"decode": {"replicas": 0}}}, "replicas"),
+    "peers without memory": ({"config": {"tiers": {"peer": {}}}}, "set config.tiers.host.bytes"),
+    "no GPU": ({"config": {"device": "cuda"}}, "set nvidia.com/gpu there to 1"),
+    "too few GPUs": (
+        {"config": GPUS, "groups": {"prefill": _gpus(2), "decode": _gpus(4)}},
+        "groups.prefill.resources.limits has 2 of nvidia.com/gpu",
+    ),
+    "too many catalogues": (
+        {"config": {"catalogue": {"replicas": 3}, "ingress": {"replicas": 2}}},
+        "set it to config.ingress.replicas, 2, at most",
+    ),
+    "more cores than a pod": ({"config": {"decode": {"cpus": 65}}}, "set 64 at most"),
+    "more cores than an ingress": ({"config": {"ingress": {"cpus": 63.75}}}, "64.25 cores"),
+    "a model for each pod": ({"config": {"model": "default"}}, "cache.create=true"),
+    "a share of pods": ({"groups": {"decode": {"maxUnavailable": "25%"}}}, "maxUnavailable"),
+    "no port of Redis": ({"redis": {"address": "redis"}}, "address"),
 }  # fmt: skip
 
 
@@ -148,13 +171,78 @@ def test_pods_are_confined(helm: Helm) -> None:
         assert {"/dev/shm", "/tmp", "/var/cache/breakeven"} <= mounted
 
 
-def test_every_group_has_a_budget_for_disruptions_and_probes(helm: Helm) -> None:
-    """Those of its own: an ingress is ready once it has a working path."""
-    documents = helm.documents("racks")
-    budgets = {each["metadata"]["name"] for each in of_kind(documents, "PodDisruptionBudget")}
-    groups = pods(documents)
-    assert budgets == {f"test-breakeven-{group}" for group in groups}
+def test_budgets_say_how_many_pods_are_to_stay(helm: Helm) -> None:
+    """In whole pods, since Kubernetes cannot ask a RayCluster for its scale; a group of one has no
+    budget, so that its node can be drained, unless that is asked for."""
+    assert _stay(helm.documents("racks")) == {"ingress": 3, "prefill": 6, "decode": 14, "vault": 3}
+    assert _stay(helm.documents("cpu")) == {}
+    kept = {"groups": {"head": {"maxUnavailable": 0}, "prefill": {"maxUnavailable": 9}}}
+    assert _stay(helm.documents("gpu-1x8", more=kept)) == {"head": 1, "ingress": 1, "decode": 3}
+
+
+def _stay(documents: list[Document]) -> dict[str, int]:
+    """Pods that each group's budget keeps, by the label that the group's pods have."""
+    kept = {}
+    for budget in of_kind(documents, "PodDisruptionBudget"):
+        assert set(budget["spec"]) == {"minAvailable", "selector"}
+        wanted = budget["spec"]["selector"]["matchLabels"]
+        [group] = (
+            name
+            for name, pod in pods(documents).items()
+            if wanted.items() <= pod["metadata"]["labels"].items()
+        )
+        kept[group] = budget["spec"]["minAvailable"]
+    return kept
+
+
+def test_kuberay_finds_its_head(helm: Helm) -> None:
+    """Its Services select pods by app.kubernetes.io/name, which it gives them itself; a label with
+    the chart's version would start a second cluster. An older one wants the port of Serve."""
+    groups = pods(helm.documents("racks"))
     for group, pod in groups.items():
+        assert pod["metadata"]["labels"] == {"breakeven/release": "test", "breakeven/group": group}
+    [container] = groups["head"]["spec"]["containers"]
+    assert {"name": "serve", "containerPort": 8000} in container["ports"]
+
+
+def test_every_port_of_metrics_is_scraped(helm: Helm) -> None:
+    """By its name, and the NetworkPolicy opens it."""
+    documents = helm.documents("racks")
+    [monitor], [policy] = of_kind(documents, "PodMonitor"), of_kind(documents, "NetworkPolicy")
+    scraped = {each["port"] for each in monitor["spec"]["podMetricsEndpoints"]}
+    ports = {
+        port["containerPort"]
+        for pod in pods(documents).values()
+        for port in pod["spec"]["containers"][0]["ports"]
+        if port["name"] in scraped
+    }
+    opened = [{port["port"] for port in each["ports"]} for each in policy["spec"]["ingress"]]
+    assert ports == {8080, 44217, 44227, 8000, 9464, 9465}
+    assert ports in opened
+
+
+def test_redis_keeps_the_books_of_the_head(helm: Helm) -> None:
+    """It can be reached, and its password stays in its Secret."""
+    documents = helm.documents(more=MATRIX["redis"])
+    [service], [policy] = of_kind(documents, "RayService"), of_kind(documents, "NetworkPolicy")
+    password = {"valueFrom": {"secretKeyRef": {"name": "redis", "key": "password"}}}
+    assert service["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"] == {
+        "redisAddress": "redis.data:6380", "redisPassword": password,
+    }  # fmt: skip
+    assert {"ports": [{"port": 6380}]} in policy["spec"]["egress"]
+
+
+def test_the_service_says_how_it_is_asked(helm: Helm) -> None:
+    """To those in front of it: they would ask a port with TLS in clear."""
+    for sets, scheme in ((KEYS, "http"), ((*KEYS, "secrets.tls=t"), "https")):
+        [service] = of_kind(helm.documents(sets=sets), "Service")
+        [port] = service["spec"]["ports"]
+        assert (port["name"], port["appProtocol"]) == (scheme, scheme)
+
+
+def test_every_group_has_probes(helm: Helm) -> None:
+    """Those of its own: an ingress is ready once it has a working path."""
+    for group, pod in pods(helm.documents("racks")).items():
         [container] = pod["spec"]["containers"]
         named = {port["name"] for port in container["ports"]}
         ready = container["readinessProbe"]["httpGet"]

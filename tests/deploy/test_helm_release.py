@@ -12,7 +12,6 @@ import yaml
 from tests.deploy import api_server
 from tests.deploy.chart import CHART, Helm
 
-pytestmark = pytest.mark.deploy
 NAME, NAMESPACE = "breakeven", "tests"
 
 
@@ -34,6 +33,11 @@ class Release:
             words += ["1", *self._client_side]
         done = self._helm.run(*words, "--namespace", NAMESPACE, stdin=json.dumps(values or {}))
         return done.returncode, done.stdout + done.stderr
+
+    def secret(self, name: str) -> None:
+        """Make one by hand."""
+        made = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": {}}
+        self.store.resources["v1", "secrets", NAMESPACE, name] = made
 
     def key(self) -> str:
         """The cluster's."""
@@ -62,7 +66,9 @@ def release(helm: Helm, tmp_path: Path) -> Iterator[Release]:
         file = tmp_path / "kubeconfig"
         file.write_text(yaml.safe_dump(config))
         file.chmod(0o600)
-        yield Release(helm, file, store)
+        made = Release(helm, file, store)
+        made.secret("breakeven-keys")
+        yield made
 
 
 def _values(decodes: int, **more: Any) -> dict[str, Any]:
@@ -72,7 +78,7 @@ def _values(decodes: int, **more: Any) -> dict[str, Any]:
 
 def test_a_release_is_installed_upgraded_rolled_back_and_removed(release: Release) -> None:
     """Each step is what the values say, the cluster's key stays the same, and nothing is left."""
-    status, said = release.run("install", _values(1))
+    status, said = release.run("install", _values(2))
     assert status == 0, said
     assert "kubectl -n tests get rayservice breakeven" in said
     key, kinds = release.key(), {each["kind"] for each in release.store.resources.values()}
@@ -83,10 +89,10 @@ def test_a_release_is_installed_upgraded_rolled_back_and_removed(release: Releas
     assert (release.decodes(), release.key()) == (3, key)
     status, said = release.run("rollback")
     assert status == 0, said
-    assert (release.decodes(), release.key()) == (1, key)
+    assert (release.decodes(), release.key()) == (2, key)
     status, said = release.run("uninstall")
     assert status == 0, said
-    assert release.store.resources == {}
+    assert [key[3] for key in release.store.resources] == ["breakeven-keys"]
 
 
 def test_an_upgrade_to_what_the_code_does_not_take_changes_nothing(release: Release) -> None:
@@ -101,3 +107,23 @@ def test_an_upgrade_to_what_the_code_does_not_take_changes_nothing(release: Rele
         assert next(iter(wrong)) in said
         assert json.dumps(sorted(release.store.resources.items())) == before
     assert release.decodes() == 2
+
+
+def test_a_secret_that_is_not_there_is_refused_with_the_command_that_makes_it(
+    release: Release,
+) -> None:
+    """Its pods would wait for it in silence; made, one after another, the release is installed."""
+    before = dict(release.store.resources)
+    secrets = {"cluster": "c", "ray": "r", "huggingFace": "h", "tls": "t"}
+    values = _values(1)
+    values["secrets"] |= secrets
+    values["redis"] = {"address": "redis:6379", "secret": "s"}
+    for name, kind in [*((name, "generic") for name in "crh"), ("t", "tls"), ("s", "generic")]:
+        status, said = release.run("install", values)
+        assert status != 0
+        assert f"kubectl -n {NAMESPACE} create secret {kind} {name} --" in said
+        assert release.store.resources.keys() == before.keys()
+        release.secret(name)
+        before = dict(release.store.resources)
+    status, said = release.run("install", values)
+    assert status == 0, said

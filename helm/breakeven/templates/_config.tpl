@@ -28,9 +28,11 @@ follows from running here. Each engine pod offers one place of its role, so that
 {{- end }}
 
 {{/* How many pods a group has: as many as the configuration has replicas. */}}
-{{- define "breakeven.replicas" -}}
+{{- define "breakeven.pods" -}}
 {{- $group := index . 0 -}}{{- $root := index . 1 -}}
-{{- if eq $group "vault" -}}
+{{- if eq $group "head" -}}
+1
+{{- else if eq $group "vault" -}}
 {{ include "breakeven.shards" $root }}
 {{- else -}}
 {{ dig $group "replicas" 1 $root.Values.config }}

@@ -3,13 +3,15 @@
 {{ $name | trunc 40 | trimSuffix "-" }}
 {{- end }}
 
+{{/* Pods' own labels. KubeRay gives them app.kubernetes.io/name and finds its head by that; and what
+changes with the chart's version would have it start a second cluster. */}}
 {{- define "breakeven.selector" -}}
-app.kubernetes.io/name: breakeven
-app.kubernetes.io/instance: {{ .Release.Name }}
+breakeven/release: {{ .Release.Name }}
 {{- end }}
 
 {{- define "breakeven.labels" -}}
-{{ include "breakeven.selector" . }}
+app.kubernetes.io/name: breakeven
+app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}

@@ -15,10 +15,13 @@ dashboard-host: "0.0.0.0"
 num-cpus: "0"
 {{- else }}
 # Roles place what runs here; cores are the container's.
-num-cpus: "64"
+num-cpus: {{ include "breakeven.cores" . | quote }}
 resources: {{ include "breakeven.places" $group | squote }}
 {{- end }}
 {{- end }}
+
+{{/* What a pod offers to Ray, whatever it has. */}}
+{{- define "breakeven.cores" -}}64{{- end }}
 
 {{/* Ray takes JSON, and KubeRay passes it through a shell, in quotes of its own. */}}
 {{- define "breakeven.places" -}}
@@ -32,8 +35,8 @@ resources: {{ include "breakeven.places" $group | squote }}
 {{- $values := index $root.Values.groups $group -}}
 metadata:
   labels:
-    {{- include "breakeven.labels" $root | nindent 4 }}
-    app.kubernetes.io/component: {{ $group }}
+    {{- include "breakeven.selector" $root | nindent 4 }}
+    breakeven/group: {{ $group }}
   {{- with $values.annotations }}
   annotations: {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -73,7 +76,7 @@ spec:
       labelSelector:
         matchLabels:
           {{- include "breakeven.selector" $root | nindent 10 }}
-          app.kubernetes.io/component: {{ $group }}
+          breakeven/group: {{ $group }}
   containers:
     - name: {{ $group | eq "head" | ternary "ray-head" "ray-worker" }}
       image: {{ include "breakeven.image" $root }}
@@ -164,11 +167,15 @@ volumeMounts:
 - {name: gcs-server, containerPort: 6379}
 - {name: dashboard, containerPort: 8265}
 - {name: client, containerPort: 10001}
+# Nothing answers there; an older KubeRay makes its Service of Serve from it.
+- {name: serve, containerPort: 8000}
 # Of the dashboard and of the autoscaler, for Prometheus.
 - {name: dash-metrics, containerPort: 44227}
 - {name: as-metrics, containerPort: 44217}
 {{- else if eq $group "ingress" }}
 - {name: http, containerPort: 8000}
+# The catalogue's.
+- {name: breakeven, containerPort: 9465}
 {{- else }}
 - {name: breakeven, containerPort: 9464}
 {{- end }}
