@@ -13,6 +13,7 @@ from cluster.config import APP, Config, Pool, audit_dir, cache_dir, engine_optio
 from cluster.fit import of_pool
 from kv.fingerprint import fingerprint, folder_identity
 from router.settings import AuditPlace, IngressSettings
+from workers.connector import with_gpu
 from workers.curve import server_keys
 from workers.messages import Role
 from workers.node import OF_NODE
@@ -94,7 +95,7 @@ def _engines(
         # Not the secret itself: a replica need not know tenants by name.
         channel_keys=server_keys(secret),
         scratch=str(scratch),
-        transports=config.kv.transports,
+        transports=with_gpu(config.kv.transports, config.device),
         lease_s=config.kv.lease_s,
         drain_s=config.ingress.drain_s,
         probe_s=config.router.probe_s,
@@ -142,7 +143,7 @@ def _ingress(
         replica_host=config.host,
         port=section.port,
         secret=secret,
-        expects_prefill=config.prefill.replicas > 0,
+        wanted=_wanted(config),
         max_requests=section.max_requests,
         max_body_bytes=section.max_body_bytes,
         assumed_streams=config.router.assumed_streams,
@@ -184,6 +185,15 @@ def _ingress(
     return _Unbound(deployment, (APP, settings))
 
 
+def _wanted(config: Config) -> dict[str, int]:
+    vault = config.tiers.vault
+    return {
+        Role.PREFILL: config.prefill.replicas,
+        Role.DECODE: config.decode.replicas,
+        "vault": 0 if vault is None else vault.shards,
+    }
+
+
 def kept_curves(model: Path | str) -> Path:
     """Where the curves of a model are kept from one cluster to the next."""
     folder = Path(model)
@@ -220,7 +230,9 @@ def _catalogue(config: Config, secret: bytes, beside: Mapping[str, float]) -> _U
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=_START_TRIES,
     )
-    return _Unbound(deployment, (APP, config.host, secret))
+    # It may be on a node that has an engine, too.
+    metrics_port = None if config.metrics.port is None else config.metrics.port + 1
+    return _Unbound(deployment, (APP, config.host, secret, metrics_port))
 
 
 def _vault(config: Config, secret: bytes) -> _Unbound | None:

@@ -113,9 +113,9 @@ class AuditSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class MetricsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where processes answer Prometheus."""
+    """Where processes answer Prometheus: engines and shards at `port`, a catalogue at the next."""
 
-    port: Port | None = None
+    port: Annotated[int, Meta(ge=1, le=65534)] | None = None
 
 
 class RaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

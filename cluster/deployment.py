@@ -15,12 +15,14 @@ from ray import serve
 from kv.errors import VaultError
 from kv.vault.wire import by_codec
 from router.catalogue.client import CatalogueLine
+from router.catalogue.metrics import CatalogueMetrics
 from router.catalogue.node import CatalogueNode
 from router.catalogue.server import CatalogueServer
 from router.catalogue.wire import Seat, SeatRecord, seat_prefix
 from router.pauses import freeze_start
 from router.serve_adapter import GcsDirectory, GcsOrders
 from router.settings import IngressSettings
+from router.targets import Target, TargetRecord, target_prefix
 from router.vault import VaultView
 from workers import announce, logs, node
 from workers.channel import ChannelLink
@@ -42,6 +44,7 @@ class IngressReplica:
     # Serve awaits it.
     async def __init__(self, cluster: str, settings: IngressSettings, *others: Any) -> None:  # type: ignore[misc]
         # vLLM loads on the replica only: the process that deploys this class starts at once.
+        from router.endpoint import IngressEndpoint
         from router.ingress import Ingress
         from workers import options
 
@@ -62,10 +65,17 @@ class IngressReplica:
         link = partial(ChannelLink, keys=keys)
         line = CatalogueLine(directory, name, here, keys, now)
         vault = VaultView(directory)
-        ingress = Ingress(name, settings, directory, vault, orders, link, line, args, config)
+        ingress = Ingress(
+            name, settings, directory, vault, orders, link, line, directory, args, config
+        )
         self._ingress = ingress
         self._task = asyncio.create_task(ingress.serve())
         self._task.add_done_callback(_ended)
+        endpoint = IngressEndpoint(here, ingress.registry)
+        self._told = [
+            asyncio.create_task(endpoint.serve()),
+            asyncio.create_task(_tell(cluster, Target([endpoint.address], {"ingress": name}))),
+        ]
 
     async def check_health(self) -> None:
         """Serve's probe; raises once the server has ended."""
@@ -79,11 +89,22 @@ class IngressReplica:
 
     async def __del__(self) -> None:
         """Serve's graceful stop: requests in flight may finish for `drain_s`."""
-        if not hasattr(self, "_task"):  # the constructor failed
+        if not hasattr(self, "_told"):  # the constructor failed
             return
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+        # Until its last request has ended it can be scraped.
+        for task in self._told:
+            task.cancel()
+        await asyncio.gather(*self._told, return_exceptions=True)
+
+
+async def _tell(cluster: str, target: Target) -> None:
+    """Until cancelled: say in the directory that this process answers Prometheus there."""
+    epoch = uuid.uuid4().hex
+    key = target_prefix(cluster) + epoch
+    await announce.keep(key, lambda beat: TargetRecord(target, epoch, beat))
 
 
 def _ended(task: "asyncio.Task[None]") -> None:
@@ -96,7 +117,9 @@ class CatalogueReplica:
     """The class of the catalogue deployment."""
 
     # Serve awaits it.
-    async def __init__(self, cluster: str, host: str, secret: bytes) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, cluster: str, host: str, secret: bytes, metrics_port: int | None
+    ) -> None:
         host = node.listen_at(host)
         name = f"catalogue-{serve.get_replica_context().rank.rank}"
         logs.configure(name)
@@ -108,12 +131,21 @@ class CatalogueReplica:
         known = CatalogueNode(GcsDirectory(cluster, now), connect, now)
         freeze_start()
         server = CatalogueServer(host, server_keys(secret), known.holdings, known.beat, now)
+        metrics = CatalogueMetrics(server.last, lambda: len(server.ingresses()))
+        try:
+            self._metrics = Endpoint(host, metrics_port, metrics)
+        except WorkerError as error:
+            logs.fatal(str(error))
+            raise RuntimeError(str(error)) from None
         seat = Seat(name, uuid.uuid4().hex, server.address, host)
         key = seat_prefix(cluster) + seat.epoch
         self._tasks = [
             asyncio.create_task(known.watch()),
             asyncio.create_task(server.serve()),
             asyncio.create_task(announce.keep(key, lambda beat: SeatRecord(seat, beat))),
+            asyncio.create_task(
+                _tell(cluster, Target([self._metrics.address], {"catalogue": name}))
+            ),
         ]
 
     async def check_health(self) -> None:

@@ -26,7 +26,7 @@ from router.policy_admin import EXAMPLE, PolicyAdmin
 from router.probing import Probing
 from router.report import catalogue_row, forgotten_report, replica_row
 from router.salt import Salter
-from router.targets import targets_of
+from router.targets import TargetDirectory, Targets, targets_of
 from router.vault import VaultView
 
 Answer = Callable[[Request], Awaitable[Response]]
@@ -61,8 +61,10 @@ def admin_app(
     salter: Salter,
     vault: VaultView,
     probing: Probing,
+    directory: TargetDirectory,
 ) -> Starlette:
     """The small app in front of vLLM's; with `keys`, /admin needs an admin key."""
+    others = Targets(directory)
 
     async def healthz(_: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -75,7 +77,9 @@ def admin_app(
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def targets(_: Request) -> Response:
-        found = [*targets_of(fleet.members()), *vault.targets()]
+        found = await others.with_others([*targets_of(fleet.members()), *vault.targets()])
+        if found is None:  # Prometheus goes on with what it knows
+            return PlainTextResponse("the directory does not answer\n", 503)
         return Response(msgspec.json.encode(found), media_type="application/json")
 
     async def replicas(_: Request) -> Response:

@@ -28,6 +28,7 @@ from router.catalogue.ledger import SharedLedger
 from router.client import ClusterClient, warm_body
 from router.curve_metrics import CurveMetrics
 from router.decisions import Decisions
+from router.endpoint import QuietServer
 from router.entry import Scribe
 from router.explorer import Explorer
 from router.fleet import Fleet
@@ -39,6 +40,7 @@ from router.pauses import freeze_start
 from router.pipeline import Pipeline
 from router.planner import Planner, Prices
 from router.policy_admin import PolicyAdmin
+from router.pool_metrics import PoolMetrics
 from router.probing import Probing
 from router.pseudonyms import Pseudonyms
 from router.replica_metrics import ReplicaMetrics
@@ -46,6 +48,7 @@ from router.roster import Directory
 from router.salt import Salter
 from router.settings import IngressSettings
 from router.shadow import Shadow
+from router.targets import TargetDirectory
 from router.tiers_told import tell_tiers
 from router.vault import VaultView
 from router.waiting import Room, RoomMetrics
@@ -77,6 +80,7 @@ class Ingress:
         orders: Orders,
         connect: Connect,
         line: CatalogueLine,
+        targets: TargetDirectory,
         args: Namespace,
         config: VllmConfig,
     ) -> None:
@@ -90,11 +94,13 @@ class Ingress:
 
         self._curves = Path(settings.curves_file) if settings.curves_file else None
         book = curve_book.read(self._curves) if self._curves else curve_book.Book()
-        rng, expects, retry_s = random.Random(), settings.expects_prefill, settings.retry_s
+        expects = settings.wanted[Role.PREFILL] > 0
+        rng, retry_s = random.Random(), settings.retry_s
         self.fleet = Fleet(directory, link, line, warm_body(), now, rng, expects, book, retry_s)
-        registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         for collector in (FleetMetrics, ReplicaMetrics, CurveMetrics):
             registry.register(collector(self.fleet))
+        registry.register(PoolMetrics(self.fleet, vault, settings.wanted))
         registry.register(vault)
         self._in_force, shadow = InForce(Order(settings.policy, settings.shadow), orders), Shadow()
         registry.register(PolicyMetrics(self._in_force.order, shadow))
@@ -125,7 +131,7 @@ class Ingress:
         probing = Probing(self.fleet, warm_body(), random.Random(), now)
         decisions = Decisions(audit.records, scribe)
         told = (self.fleet, decisions, registry, self._keys, policies, salter, vault, probing)
-        self._admin = admin_app(*told)
+        self._admin = admin_app(*told, targets)
 
     async def check_health(self) -> None:
         """Raise once requests would no longer be answered."""
@@ -191,16 +197,8 @@ class Ingress:
         return app
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without signal handlers: its process belongs to Ray."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _server(app: App, settings: IngressSettings) -> _Server:
-    return _Server(
+def _server(app: App, settings: IngressSettings) -> QuietServer:
+    return QuietServer(
         uvicorn.Config(
             app,
             log_config=None,

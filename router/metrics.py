@@ -157,7 +157,7 @@ class FleetMetrics(Collector):
     def _counted(self) -> list[tuple[tuple[str, ...], Totals]]:
         """Totals of every engine there ever was: sums of counters must not fall."""
         now = [(member.load.lanes, member.load.totals) for member in self._fleet.members()]
-        return [*self._fleet.retired.items(), *now]
+        return [*self._fleet.retired(), *now]
 
     def _tokens(self) -> Metric:
         tokens = CounterMetricFamily(

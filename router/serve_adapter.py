@@ -1,5 +1,5 @@
-"""What ingresses share in the key-value store of Ray's GCS: the directory of replicas, catalogues
-and vault shards, and the operator's last order."""
+"""What ingresses share in the key-value store of Ray's GCS: the directory of replicas, catalogues,
+vault shards and endpoints for Prometheus, and the operator's last order."""
 
 import asyncio
 import hashlib
@@ -12,6 +12,7 @@ from ray.experimental import internal_kv
 
 from router.catalogue.wire import Seat, SeatRecord, seat_prefix
 from router.orders import Order
+from router.targets import Target, TargetRecord, target_prefix
 from workers.directory import (
     DIRECTORY_NAMESPACE,
     RENEW_S,
@@ -49,6 +50,11 @@ class GcsDirectory:
         """Every shard of the vault whose record is being renewed."""
         records = await self._records(shard_prefix(self._cluster), ShardRecord)
         return [r for r in records if self._is_fresh(r.shard.epoch, r.beat)]
+
+    async def targets(self) -> Sequence[Target]:
+        """Where ingresses and catalogues answer Prometheus, of those that renew their records."""
+        records = await self._records(target_prefix(self._cluster), TargetRecord)
+        return [r.target for r in records if self._is_fresh(r.epoch, r.beat)]
 
     async def _records(self, prefix: str, kind: type[T]) -> list[T]:
         values = await _answered(_read, prefix)

@@ -37,7 +37,8 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     replica_host: str
     port: int
     secret: bytes
-    expects_prefill: bool
+    # How many replicas of each pool there are to be, and shards (`vault`).
+    wanted: dict[str, int]
     max_requests: int = 256
     max_body_bytes: int = 10_000_000
     assumed_streams: float = 0.5

@@ -39,6 +39,11 @@ class VaultView(Collector):
                 logger.warning("vault shards not looked up: %s", error)
             await asyncio.sleep(RENEW_S)
 
+    @property
+    def up(self) -> int:
+        """How many shards renew their records."""
+        return len(self._shards)
+
     def rows(self) -> list[dict[str, Any]]:
         """A row a shard, for `status`."""
         return [

@@ -18,6 +18,7 @@ from workers.messages import Role
 # NIXL's Python API hard-codes a progress-thread delay of 0, which makes an idle agent spin a
 # whole core (measured: 1.04 cores, against 0.05 at 1,000 us; prefill 3x slower with two spinning).
 PROGRESS_DELAY_US = 1000
+_CUDA = ("cuda_copy", "cuda_ipc")
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -37,6 +38,18 @@ def prepare(host: str, ucx_log: Path, transports: str | None) -> socket.socket:
         os.environ["UCX_TLS"] = transports
     keep_on_network(host)
     return reserved
+
+
+def with_gpu(transports: str | None, device: str) -> str | None:
+    """UCX_TLS for engines on this device. A list that names what may be used leaves out the rest,
+    and on GPUs nothing moves without `cuda_copy` and, on one node, `cuda_ipc`."""
+    if device != "cuda" or transports is None or transports.startswith("^"):
+        return transports
+    named = transports.split(",")
+    # `cuda` stands for both, and `all` for everything.
+    if "all" in named or "cuda" in named:
+        return transports
+    return ",".join([*named, *(each for each in _CUDA if each not in named)])
 
 
 def keep_on_network(host: str) -> None:

@@ -55,6 +55,10 @@ class CatalogueServer:
         finally:
             self._context.destroy(linger=0)
 
+    def last(self) -> wire.Beat:
+        """The beat that was sent last."""
+        return self._last
+
     def ingresses(self) -> Mapping[bytes, float]:
         """Who is connected, and when each was heard last."""
         return self._heard

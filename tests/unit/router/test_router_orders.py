@@ -25,6 +25,7 @@ from router.policy_admin import EXAMPLE, PolicyAdmin
 from router.probing import Probing
 from router.salt import Salter
 from router.shadow import Shadow
+from router.targets import TargetDirectory
 from router.vault import VaultView
 
 pytestmark = pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
@@ -222,8 +223,9 @@ async def test_with_keys_only_the_admin_key_orders(store: Store, tmp_path: Path)
     # The replicas and decisions of an ingress are not asked for here.
     fleet, vault = cast(Fleet, None), cast(VaultView, None)
     decisions, salter = Decisions((), cast(Scribe, None)), Salter(b"s", True)
-    probing = cast(Probing, None)
-    app = admin_app(fleet, decisions, CollectorRegistry(), ring, admin, salter, vault, probing)
+    probing, others = cast(Probing, None), cast(TargetDirectory, None)
+    told = (ring, admin, salter, vault, probing, others)
+    app = admin_app(fleet, decisions, CollectorRegistry(), *told)
     base = "https://cluster.example.com"
     order = {"policy": "least_loaded"}
     transport = httpx.ASGITransport(app)

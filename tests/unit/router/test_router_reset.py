@@ -17,6 +17,7 @@ from router.policy_admin import PolicyAdmin
 from router.probing import Probing
 from router.salt import Salter
 from router.shadow import Shadow
+from router.targets import TargetDirectory
 from router.vault import VaultView
 from workers.messages import Request, Reset, Role
 from workers.sim import SimCosts, sim_replica
@@ -59,6 +60,7 @@ async def test_the_replica_that_is_named_hears_of_it() -> None:
         Salter(b"s", False),
         cast(VaultView, None),
         cast(Probing, None),
+        cast(TargetDirectory, None),
     )
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:

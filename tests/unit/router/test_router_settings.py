@@ -13,7 +13,7 @@ def test_the_secret_is_not_shown() -> None:
         replica_host="127.0.0.1",
         port=8000,
         secret=b"not to be seen",
-        expects_prefill=True,
+        wanted={"prefill": 1, "decode": 1},
     )
     for shown in (repr(settings), str(settings), f"{[settings]}"):
         assert "not to be seen" not in shown

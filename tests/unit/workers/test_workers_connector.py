@@ -8,7 +8,13 @@ import psutil
 import pytest
 import zmq
 
-from workers.connector import device_of, keep_on_network, reserve_port, transfer_config
+from workers.connector import (
+    device_of,
+    keep_on_network,
+    reserve_port,
+    transfer_config,
+    with_gpu,
+)
 from workers.messages import Role
 
 
@@ -83,3 +89,22 @@ def test_an_operators_devices_stay(two_networks: None, monkeypatch: pytest.Monke
     monkeypatch.setenv("UCX_NET_DEVICES", "mlx5_0:1")
     keep_on_network("10.0.0.7")
     assert os.environ["UCX_NET_DEVICES"] == "mlx5_0:1"
+
+
+@pytest.mark.parametrize(
+    ("transports", "on_gpus"),
+    [
+        ("rc", "rc,cuda_copy,cuda_ipc"),
+        ("tcp,cuda_copy", "tcp,cuda_copy,cuda_ipc"),
+        ("rc,cuda", "rc,cuda"),
+        ("all", "all"),
+        ("^tcp", "^tcp"),
+        (None, None),
+    ],
+)
+def test_a_list_of_transports_can_move_gpu_memory(
+    transports: str | None, on_gpus: str | None
+) -> None:
+    """What leaves nothing out stays as it is, and so does everything on CPUs."""
+    assert with_gpu(transports, "cuda") == on_gpus
+    assert with_gpu(transports, "cpu") == transports
