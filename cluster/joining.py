@@ -23,11 +23,15 @@ def check(config: Config, model: Path | str, beside: Mapping[str, float]) -> Non
     import ray
 
     owner.claim(config.ingress.url)
+    folder = str(model) if isinstance(model, Path) else None
+    _refuse(unlike(facts(ray.util.get_node_ip_address(), folder), survey(folder), folder))
+    # What it holds is free once it is gone.
     if owner.clear_left():
         print("a cluster that its driver left behind was cleared away", flush=True)
-    folder = str(model) if isinstance(model, Path) else None
-    complaint = unlike(facts(ray.util.get_node_ip_address(), folder), survey(folder), folder)
-    complaint = complaint or _await_room(needs(config, beside))
+    _refuse(_await_room(needs(config, beside)))
+
+
+def _refuse(complaint: str | None) -> None:
     if complaint is not None:
         raise StartError(f"this Ray cluster cannot run what is configured: {complaint}")
 

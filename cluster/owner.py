@@ -12,6 +12,8 @@ _NAME = f"{APP}-serve"
 _ANSWER_S = 10.0
 # Ray ends the actor when nobody knows it any more.
 _held: list[object] = []
+# Whether what runs there is this process's: nobody's is left that was there before.
+_cleared: list[bool] = []
 
 
 class Owner:
@@ -28,10 +30,16 @@ class Owner:
 def claim(url: str) -> None:
     """Take the Ray cluster's one place for a cluster of ours, until this process ends.
 
-    Raises `StartError` while another driver has it.
+    Raises `StartError` while another driver has it, and where Serve runs a configuration of ours
+    that it was handed, as by KubeRay: no driver holds anything then.
     """
     import ray
 
+    if _handed_over():
+        raise StartError(
+            "Serve runs a cluster here by a configuration that it was handed (`serve deploy`, or a "
+            "RayService); change or delete it there, or use another Ray cluster"
+        )
     owner = ray.remote(Owner).options(name=_NAME, namespace=APP, num_cpus=0)
     try:
         _held.append(owner.remote(url))
@@ -42,9 +50,21 @@ def claim(url: str) -> None:
         ) from None
 
 
+def _handed_over() -> bool:
+    """Whether our application is one that nobody's `serve` deployed."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import APIType
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:  # Serve does not run
+        return False
+    there = client.get_serve_details()["applications"].get(APP)
+    return there is not None and there["source"] == APIType.DECLARATIVE
+
+
 def holds() -> bool:
-    """Whether this process has it."""
-    return bool(_held)
+    """Whether this process has it, and what runs there is its own."""
+    return bool(_cleared)
 
 
 def _holder() -> str:
@@ -62,6 +82,7 @@ def clear_left() -> bool:
     has the claim."""
     from ray import serve
 
+    _cleared.append(True)
     if APP not in serve.status().applications:
         return False
     serve.delete(APP)

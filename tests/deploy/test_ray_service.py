@@ -185,8 +185,10 @@ def test_probes_of_the_chart_are_answered(service: Service) -> None:
             said = answer.read().decode()
         assert "breakeven_engine_running 0.0" in said
         assert "vllm:num_requests_running" in said
-    targets = {row["labels"]["replica"]: row["targets"] for row in service.get("/metrics/targets")}
+    rows = service.get("/metrics/targets")
+    targets = {row["labels"].get("replica", "other"): row["targets"] for row in rows}
     assert targets["prefill-0"] == [f"{service.nodes.far.address}:9464"]
+    assert [f"{service.nodes.near.address}:9465"] in [row["targets"] for row in rows]
 
 
 def test_nothing_listens_outside_of_the_network_policy(service: Service) -> None:
@@ -236,6 +238,23 @@ def test_another_configuration_replaces_replicas_and_a_wrong_one_none(
         return ours and not set(now.values()) & set(before.values()) and now.keys() == before.keys()
 
     await_that(replaced, "the replicas are others", READY_S, 1.0)
+    assert service.tokens() == plain
+
+
+def test_a_second_cluster_is_refused_and_the_first_stays(
+    service: Service, plain: list[int]
+) -> None:
+    """`serve` on a Ray cluster whose Serve was handed a configuration: it would replace, and then
+    end, what others rely on."""
+    before = {name: row["pid"] for name, row in service.replicas().items()}
+    nodes = service.nodes
+    config = nodes.configured({"ingress": {"port": 8007}}, service.model)
+    words = [sys.executable, "-m", "cluster", "serve", "--config", str(config)]
+    env = {**nodes.env, "PYTHONPATH": str(ROOT), "BREAKEVEN_CACHE": str(nodes.folder / "second")}
+    done = nodes.near.run(words, env, timeout_s=120.0)
+    assert done.returncode != 0
+    assert "by a configuration that it was handed" in done.stdout + done.stderr
+    assert {name: row["pid"] for name, row in service.replicas().items()} == before
     assert service.tokens() == plain
 
 
