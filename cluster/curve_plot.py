@@ -10,8 +10,8 @@ from typing import Any
 
 from cluster.errors import PlotError
 
-# Links that are drawn; a table shows them all.
-MOST_LINKS = 11
+# Links and tiers that are drawn; a table shows them all.
+MOST_LINKS, MOST_TIERS = 11, 24
 _COLUMNS, _SHORTEST_TOKENS = 3, 2048
 
 
@@ -23,24 +23,42 @@ def check(path: Path) -> None:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """One panel for what computing costs, and one for each link. `report` is what /admin/curves and
-    /admin/replicas tell. Raises `PlotError`."""
+    """Write the picture of a report. Raises `PlotError`."""
+    try:
+        pictured(report).savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise PlotError(str(path), f"not written: {error}") from error
+
+
+def pictured(report: Mapping[str, Any]) -> Any:
+    """A figure with one panel for what computing costs, one for each link, and one for each tier of
+    a replica, with a lossy codec's beside it. `report` is what /admin/curves and /admin/replicas
+    tell. Raises `PlotError`."""
     links = sorted(report["links"].items())[:MOST_LINKS]
-    rows = -(-(1 + len(links)) // _COLUMNS)
+    tiers = [
+        (title, name, row)
+        for name, each in sorted(report["tiers"].items())
+        for title, row in tier_rows({name: each}).items()
+    ][:MOST_TIERS]
+    rows = -(-(1 + len(links) + len(tiers)) // _COLUMNS)
     figure = _figure()(figsize=(5.5 * _COLUMNS, 4.0 * rows), layout="constrained")
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).flat
     token_bytes = {row["name"]: row["kv_bytes_per_token"] for row in report["replicas"]}
     _computing(next(panels), report["prefill"])
-    for name, link in links:
-        receiver = name.partition("->")[2]
+    received = [(name, name.partition("->")[2], link) for name, link in links]
+    for name, receiver, row in (*received, *tiers):
         computing = report["prefill"].get(receiver)
-        _link(next(panels), name, link, computing, token_bytes.get(receiver, 0))
+        _link(next(panels), name, row, computing, token_bytes.get(receiver, 0))
     for spare in panels:
         spare.set_axis_off()
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise PlotError(str(path), f"not written: {error}") from error
+    return figure
+
+
+def tier_rows(tiers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One row for each tier of a replica, and for each that a lossy codec has, by their names."""
+    rows = {f"{name}/{tier}": row for name, each in tiers.items() for tier, row in each.items()}
+    lossy = {f"{name}/lossy": row["lossy"] for name, row in rows.items() if "lossy" in row}
+    return dict(sorted((rows | lossy).items()))
 
 
 def _figure() -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.curve_plot import check, draw
+from cluster.curve_plot import check, draw, tier_rows
 from cluster.status import address, crossover, fetch
 
 # A prompt that was begun in time may end so much later.
@@ -31,9 +31,7 @@ def calibrate(budget_s: float, plot: Path | None, as_json: bool) -> int:
         return 0
     console = Console()
     console.print(_prefill(report["prefill"]))
-    by_name = report["tiers"].items()
-    tiers = {f"{name}/{tier}": row for name, each in by_name for tier, row in each.items()}
-    console.print(_links({**report["links"], **tiers}))
+    console.print(_links({**report["links"], **tier_rows(report["tiers"])}))
     console.print(
         f"{probed['computed']} prompts computed, {probed['handed_off']} handed off, "
         f"{probed['skipped']} left out"

@@ -20,6 +20,10 @@ GUESSES: Mapping[Tier, LinkCurve] = {
     Tier.VAULT: LinkCurve(0.02, 2e-9),
 }
 _TYPICAL_BYTES = 16 * 2**20
+# Fetches that are told one by one, to be shown.
+_SHOWN = 16
+
+Seen = tuple[tuple[int, float], ...]
 
 
 class FetchCost:
@@ -27,6 +31,9 @@ class FetchCost:
 
     def __init__(self, guess: LinkCurve, retry_s: float | None = RETRY_S) -> None:
         self._live = LiveLink(guess, _TYPICAL_BYTES, retry_s)
+        # What was told last, and by what: it is asked for at each step of an engine.
+        self._seen: Seen = ()
+        self._seen_at = (0, 0.0)
 
     @property
     def samples(self) -> int:
@@ -47,6 +54,21 @@ class FetchCost:
         """They were not there before."""
         if seconds > self.curve(now_s).seconds(n_bytes):
             self.saw(n_bytes, seconds, now_s)
+
+    def saw_between(self, n_bytes: int, least_s: float, most_s: float, now_s: float) -> None:
+        """They came after so long at the earliest and at the latest."""
+        self.saw_at_most(n_bytes, most_s, now_s)
+        self.saw_at_least(n_bytes, least_s, now_s)
+
+    def seen(self, beside_per_byte_s: float = 0.0) -> Seen:
+        """Bytes and seconds of the last few, with what each byte takes beside: the same object
+        until there are others, or that changes."""
+        at = self._live.samples, beside_per_byte_s
+        if at != self._seen_at:
+            last = self._live.seen()[-_SHOWN:]
+            rows = ((n_bytes, s + beside_per_byte_s * n_bytes) for n_bytes, s in last)
+            self._seen_at, self._seen = at, tuple((n, float(f"{s:.3g}")) for n, s in rows)
+        return self._seen
 
     def curve(self, now_s: float) -> LinkCurve:
         """What it costs now. Two digits of it: it is told whenever it changes."""

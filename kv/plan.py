@@ -60,7 +60,8 @@ class Reason(StrEnum):
 class Span:
     """Prompt tokens [start_token, end_token) and the replica that has, gets or computes their KV.
 
-    `tier` is where a fetch takes them from. Raises PlanError for an empty span, a replica name that
+    `tier` is where a fetch takes them from, and `codec` the lossy one by which that may have stored
+    them. Raises PlanError for an empty span, a replica name that
     does not fit in a header, a fetch without a tier, and a tier without a fetch.
     """
 
@@ -69,6 +70,12 @@ class Span:
     end_token: int
     replica: str
     tier: Tier | None = None
+    codec: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return self.end_token - self.start_token
 
     def __post_init__(self) -> None:
         if (self.tier is None) is (self.source is Source.FETCH):
@@ -157,6 +164,13 @@ class Plan:
             )
         _check_tiling(self.shape, self.spans)
 
+    def coded(self, codec: str) -> "Plan":
+        """The same plan for a request under the names of a lossy codec, by which vaults store."""
+        spans = (
+            replace(span, codec=codec) if span.tier is Tier.VAULT else span for span in self.spans
+        )
+        return replace(self, spans=tuple(spans))
+
     def because(self, reason: Reason) -> "Plan":
         """The same plan, made for another reason."""
         return replace(self, reason=reason)
@@ -165,10 +179,11 @@ class Plan:
         """The value of `x-breakeven-plan`: tokens by source and replica, hits first, even if none.
 
         For instance `remote; hit=96@prefill-0 compute=928@prefill-0; predicted_ttft_ms=812;
-        reason=cheaper_remote`, on one line. A fetch names its tier too: `fetch=512@decode-0/host`.
+        reason=cheaper_remote`, on one line. A fetch names its tier too, `fetch=512@decode-0/host`,
+        and a lossy codec, `fetch=512@decode-0/vault/int8`.
         """
         shown = [
-            f"{source}={span.end_token - span.start_token}@{_place(span)}"
+            f"{source}={span.tokens}@{_place(span)}"
             for source in Source
             for span in self.spans
             if span.source is source
@@ -181,7 +196,7 @@ class Plan:
 
 
 def _place(span: Span) -> str:
-    return span.replica if span.tier is None else f"{span.replica}/{span.tier}"
+    return "/".join(each for each in (span.replica, span.tier, span.codec) if each is not None)
 
 
 def _check_tiling(shape: Shape, spans: tuple[Span, ...]) -> None:

@@ -20,8 +20,8 @@ Floats = NDArray[np.float64]
 
 # The rows of `Columns.loads`.
 BASE_S, PER_TOKEN_S, PER_TOKEN2_S, QUEUE_S, WAITING_S, ENTRY_S, OWN_S, RUNNING = range(8)
-UNNAMED, YIELDING = 8, 9
-_ROWS = 10
+UNNAMED, YIELDING, PEER_LATENCY_S, PEER_PER_BYTE_S = range(8, 12)
+_ROWS = 12
 
 # The order in which an engine asks the tiers behind its paged KV.
 TIER_ORDER = tuple(tier for tier in Tier if tier is not Tier.DEVICE)
@@ -175,12 +175,13 @@ class Displaced(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Replicas by name, decode replicas first; `loads` is float64 of shape (10, replicas).
+    """Replicas by name, decode replicas first; `loads` is float64 of shape (12, replicas).
 
     Its rows are the prefill curve's three coefficients; seconds until what is queued is computed;
     seconds until those that wait run; what a handoff to it costs beside its link; what a local
     prefill costs beside its compute; how many streams run; 1 where tiers hold what nobody was told
-    of; and how many requests it has that give way. `hit_tokens` is float64 a replica. `tiers` is
+    of; how many requests it has that give way; and the two coefficients of what blocks cost it that
+    another replica lends. `hit_tokens` is float64 a replica. `tiers` is
     None where none holds more than the paged KV does, `displaced` where nothing is known to be
     missed once it is pushed out, `lending` where whoever made these left it to be found out.
     """
@@ -240,6 +241,8 @@ def load_of(row: "ReplicaView") -> tuple[float, ...]:
         float(row.running),
         float(row.unnamed),
         float(row.yielding),
+        row.peer.latency_s,
+        row.peer.per_byte_s,
     )
 
 

@@ -1,4 +1,4 @@
-"""Curves that outlive a cluster: for one model, what each kind of hardware and link costs.
+"""Curves that outlive a cluster: for one model, what each kind of hardware, link and tier costs.
 
 One JSON file, replaced whole under a lock, so that the ingresses of a node may share it: each puts
 in what it knows. A file that cannot be read is begun anew, since engines measure themselves anyway.
@@ -41,7 +41,7 @@ class KeptPrefill(msgspec.Struct, frozen=True):
 
 
 class KeptLink(msgspec.Struct, frozen=True):
-    """A link's curve and how many handoffs it was made from."""
+    """A link's curve, or a tier's, and how many handoffs or fetches it was made from."""
 
     latency_s: float
     per_byte_s: float
@@ -52,15 +52,18 @@ class KeptLink(msgspec.Struct, frozen=True):
 
 
 class Book(msgspec.Struct, frozen=True):
-    """Of one model: prefill curves by hardware, links by the hardware of both ends."""
+    """Of one model: prefill curves by hardware, links by the hardware of both ends, tiers by that
+    of who fetches (`router.tier_curves`)."""
 
     version: int = VERSION
     prefill: dict[str, KeptPrefill] = {}
     links: dict[str, KeptLink] = {}
+    tiers: dict[str, KeptLink] = {}
 
     def with_(self, newer: "Book") -> "Book":
         """Both; of what both have, the newer."""
-        return Book(VERSION, self.prefill | newer.prefill, self.links | newer.links)
+        links, tiers = self.links | newer.links, self.tiers | newer.tiers
+        return Book(VERSION, self.prefill | newer.prefill, links, tiers)
 
 
 def read(path: Path) -> Book:
@@ -69,7 +72,7 @@ def read(path: Path) -> Book:
         book = msgspec.json.decode(path.read_bytes(), type=Book)
         for computing in book.prefill.values():
             computing.curve()
-        for link in book.links.values():
+        for link in (*book.links.values(), *book.tiers.values()):
             link.curve()
     except FileNotFoundError:
         return Book()

@@ -12,6 +12,7 @@ from kv.curve import LinkCurve
 from router.fleet import Fleet
 from router.member import Member
 from router.metrics import TRANSPORTS
+from router.tier_curves import curve_of
 
 _LABELS = ["source_tier", "transport"]
 # A prompt by which replicas are compared.
@@ -59,8 +60,10 @@ class CurveMetrics(Collector):
                 links.setdefault((str(Tier.DEVICE), lanes), []).append((link, receiver))
         transports = dict(TRANSPORTS)
         for member in self._fleet.members():
-            for tier, told in member.load.tiers.items():
-                link = LinkCurve(told.latency_s, told.per_byte_s)
+            told = {tier: curve_of(each) for tier, each in self._fleet.tiers_of(member).items()}
+            if member.replica.peer_address:
+                told[Tier.PEER] = curve_of(self._fleet.peer_of(member))
+            for tier, link in told.items():
                 links.setdefault((tier, transports[tier]), []).append((link, member))
         return links
 

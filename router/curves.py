@@ -2,16 +2,22 @@
 
 from typing import Any
 
+from kv.catalogue import Tier
 from kv.crossover import crossover_tokens
 from kv.curve import LinkCurve
 from router.fleet import Fleet
 from router.member import Member
+from router.tier_curves import curve_of
+from workers.messages import FetchLoad, TierLoad
 
 
 def curves_of(fleet: Fleet, points: bool = False) -> dict[str, Any]:
     """By replica, by link, and by replica and tier; with the samples that are kept, if asked.
 
     `samples` counts the requests that a curve was made from, beside what was measured at the start.
+    A vault's are those of whoever on the node used it last, by whose curve all there are planned.
+    What a tier costs whose blocks a lossy codec made smaller is under `lossy`, and what blocks cost
+    that others lend under the tier `peer`.
     `crossover_tokens` is the prefix from which on fetching it there costs its receiver no more than
     computing it; null where no prefix is long enough.
     """
@@ -22,14 +28,29 @@ def curves_of(fleet: Fleet, points: bool = False) -> dict[str, Any]:
             for (source, destination), link in fleet.pairs.links.items()
         },
         "tiers": {
-            member.name: {
-                tier: _link(LinkCurve(told.latency_s, told.per_byte_s), told.samples, member)
-                for tier, told in member.load.tiers.items()
-            }
+            member.name: _tiers(fleet, member, points)
             for member in fleet.members()
             if member.load.tiers
         },
     }
+
+
+def _tiers(fleet: Fleet, member: Member, points: bool) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for tier, told in fleet.tiers_of(member).items():
+        rows[tier] = _tier(told, member, points)
+        if told.lossy is not None:
+            rows[tier]["lossy"] = _tier(told.lossy, member, points)
+    if member.replica.peer_address:
+        rows[Tier.PEER] = _tier(fleet.peer_of(member), member, points)
+    return rows
+
+
+def _tier(told: TierLoad | FetchLoad, member: Member, points: bool) -> dict[str, Any]:
+    row = _link(curve_of(told), told.samples, member)
+    if points:
+        row["points"] = [list(point) for point in told.seen]
+    return row
 
 
 def _prefill(fleet: Fleet, member: Member, points: bool) -> dict[str, Any]:

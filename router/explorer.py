@@ -26,7 +26,7 @@ class Explorer:
         self._used_s = {curve: at for curve, at in self._used_s.items() if at > stale_s}
         return Exploration(self._random.random(), frozenset(self._used_s))
 
-    def uses(self, plan: Plan) -> None:
-        """A plan is about to be carried out."""
-        if self._share:
+    def uses(self, plan: Plan, yields: bool = False) -> None:
+        """A plan is about to be carried out. Where its request gives way it moves no curve."""
+        if self._share and not yields:
             self._used_s.update(dict.fromkeys(curves(plan), self._now()))

@@ -2,13 +2,16 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import msgspec
 
 from kv.block import pack_tokens
+from kv.catalogue import Tier
 from kv.live import RETRY_S
+from kv.plan import Span
 from router.catalogue.holdings import Expectations, deepest
 from router.catalogue.wire import Expect, Found, Line
 from router.curve_book import Book
@@ -18,8 +21,9 @@ from router.refit import Refit
 from router.roster import Directory, Roster
 from router.snapshot import Snapshot
 from router.speed import Speeds
+from router.tier_curves import peer_of, worth_keeping
 from router.warm import Pairs
-from workers.messages import Blocks, Link, Replica, Role, Submit, Totals
+from workers.messages import Blocks, FetchLoad, Link, Load, Replica, Role, Submit, TierLoad, Totals
 
 _NOTHING_KEPT = Book()
 _WARM_EVERY_S = 0.25
@@ -46,10 +50,12 @@ class Fleet:
         self._expects_prefill, self._body = expects_prefill, warm_body
         self.roster = Roster(directory, self, now)
         self.pairs = Pairs(warm_body, rng, book.links, retry_s)
-        # Totals of replicas that left, by their lanes.
-        self.retired: dict[tuple[str, ...], Totals] = {}
+        # Lanes and totals of replicas that left, by epoch: one that only hung comes back with its.
+        self._retired: dict[str, tuple[tuple[str, ...], Totals]] = {}
         self._expected = Expectations()
-        self._pools = Pools(self.roster.by_name, self._expected.taken)
+        # What is known of tiers by those that left, and by earlier clusters.
+        self._tiers_kept = dict(book.tiers)
+        self._pools = Pools(self.roster.by_name, self._expected.taken, book.tiers)
         self.speeds = Speeds(book.prefill, retry_s)
         self.refit = Refit(self.roster, self.speeds, self.pairs, self._pools, now)
         self._named = 0
@@ -89,6 +95,10 @@ class Fleet:
             await asyncio.sleep(_LOOK_EVERY_S)
         return bool(self.up(role))
 
+    def retired(self) -> Sequence[tuple[tuple[str, ...], Totals]]:
+        """Lanes and totals of replicas that left."""
+        return tuple(self._retired.values())
+
     def cached_blocks(self, member: Member) -> int:
         """Blocks that a replica's paged KV holds, by the catalogue's last beat."""
         return self.line.beat.blocks.get(member.replica.epoch, 0)
@@ -100,7 +110,16 @@ class Fleet:
         return Book(
             prefill=self.speeds.worth_keeping(replicas, now),
             links=self.pairs.worth_keeping({member.name: member for member in members}, now),
+            tiers=worth_keeping(members),
         )
+
+    def tiers_of(self, member: Member) -> Mapping[Tier, TierLoad]:
+        """What it told of its tiers, at the costs that plans go by."""
+        return self._pools.tiers_of(member)
+
+    def peer_of(self, member: Member) -> FetchLoad:
+        """What plans take blocks to cost it that another replica lends."""
+        return peer_of(member.replica, member.load.peer, self._pools.kept)
 
     def block_tokens(self) -> int:
         """Tokens a block; the same on every replica of a cluster, 1 while there is none."""
@@ -155,15 +174,37 @@ class Fleet:
             self._pools.touch(member)
             self.line.met(expect.name)
 
+    @contextmanager
+    def fetching(self, replica: str, spans: Iterable[Span]) -> Iterator[None]:
+        """Count what a plan has a replica fetch as under way, until the block ends: what it fetches
+        from there next comes behind that. Other ingresses know nothing of it."""
+        member = self.member(replica)
+        fetched = [(span.tier, span.tokens) for span in spans if span.replica == replica]
+        if member is None or not any(tier for tier, _ in fetched):
+            yield
+            return
+        token_bytes = member.replica.kv_bytes_per_token
+        under_way = Counter({tier: n * token_bytes for tier, n in fetched if tier is not None})
+        member.fetching += under_way
+        self._pools.touch(member)
+        try:
+            yield
+        finally:
+            member.fetching -= under_way
+            self._pools.touch(member)
+
     # ------------------------------------------------------------------ the roster's keeper
 
     def make(self, replica: Replica) -> Member:
         """A member that is up once it has answered a probe."""
         self.speeds.learn(replica)
+        # It knows nothing of its tiers yet, and begins with what those like it know by now.
+        self._tiers_kept |= worth_keeping(self.roster.members())
+        self._pools.kept = dict(self._tiers_kept)
         for member in self.roster.members():
             member.speed = self.speeds.of(member.replica, self._now())
             self._pools.touch(member)
-        return Member(
+        member = Member(
             replica,
             connect=lambda member: self._connect(replica, member),
             speed=self.speeds.of(replica, self._now()),
@@ -172,6 +213,10 @@ class Fleet:
             probe=self._probe,
             on_change=self._pools.touch,
         )
+        if (left := self._retired.pop(replica.epoch, None)) is not None:
+            lanes, totals = left
+            member.load = Load(lanes=lanes, totals=totals)
+        return member
 
     def lost(self, member: Member) -> None:
         """Its NIXL state is void."""
@@ -180,9 +225,9 @@ class Fleet:
     def gone(self, member: Member) -> None:
         """Its counts stay: sums of counters must not fall."""
         self.speeds.forget(member.replica)
+        self._tiers_kept |= worth_keeping([member])
         self._pools.touch(member)
-        lanes, totals = member.load.lanes, member.load.totals
-        self.retired[lanes] = self.retired.get(lanes, Totals()).plus(totals)
+        self._retired[member.replica.epoch] = (member.load.lanes, member.load.totals)
 
     def _probe(self) -> Submit:
         """A request for one token, which shows that an engine steps."""

@@ -44,7 +44,7 @@ async def _compute(fleet: Fleet, attempt: "Attempt", record: Record) -> None:
         return
     keys = attempt.keys[: head.end_token // fleet.block_tokens()]
     try:
-        with attempt.expected(fleet, head.replica, head.end_token - head.start_token, keys):
+        with attempt.expected(fleet, head.replica, head.tokens, keys):
             async with prefill.run(_submit(fleet, attempt, head)) as deltas:
                 async for delta in deltas:
                     record.prefill_sources = delta.sources or record.prefill_sources

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 
@@ -64,6 +65,8 @@ class Member:
         self.heard_at = now()
         self._sequence: int | None = None
         self._answers: dict[str, asyncio.Queue[Delta | WorkerError]] = {}
+        # Bytes that plans of this ingress have it fetch now, by tier.
+        self.fetching: Counter[Tier] = Counter()
         # Those of them that give way to others.
         self._yielding: set[str] = set()
         self._orphans: dict[str, tuple[float, Callable[[Handoff], None]]] = {}

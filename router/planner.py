@@ -66,7 +66,7 @@ class Planner:
             if plan is not None:
                 asked, choice = exactly, replace(other, plan=plan)
         if self._explorer is not None:
-            self._explorer.uses(choice.plan)
+            self._explorer.uses(choice.plan, choice.question.yields)
         return asked, choice
 
     async def _choice(
@@ -76,10 +76,10 @@ class Planner:
         block_tokens = self._fleet.block_tokens()
         keys = _keys(request, block_tokens)
         found = await self._fleet.look(keys)
-        lossy = request.keep is not None and request.keep.codec is not None
+        codec = None if request.keep is None else request.keep.codec
         question = Question(
             prompt_tokens=request.prompt_tokens,
-            snapshot=self._fleet.snapshot(keys, found, lossy).without(avoid),
+            snapshot=self._fleet.snapshot(keys, found, codec is not None).without(avoid),
             assumed_streams=self._prices.assumed_streams,
             local_only=request.local_only,
             compute_price=self._prices.compute_price,
@@ -96,6 +96,7 @@ class Planner:
         )
         order = self._order()
         plan = CHOOSE[order.policy](question)
+        plan = plan if codec is None else plan.coded(codec)
         footprint = Footprint(keys, block_tokens, question.snapshot.kv_bytes_per_token)
         return Choice(question, order, plan, footprint)
 

@@ -5,12 +5,14 @@ all rows when a replica came, went or drains; the columns of links when a pair w
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from types import MappingProxyType
 
+import msgspec
 import numpy as np
 
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
+from kv.fetch import GUESSES
 from router.catalogue.wire import Beat, Found, Taken
 from router.columns import (
     TIER_AT,
@@ -25,22 +27,30 @@ from router.columns import (
     loads_of,
 )
 from router.member import Member
-from router.snapshot import Pool, ReplicaView, Snapshot, TierView
-from workers.messages import LossyLoad, Role, TierLoad
+from router.snapshot import Pool, ReplicaView, Snapshot, TierView, Unnamed
+from router.tier_curves import Kept, curve_of, peer_of, tiers_of
+from workers.messages import FetchLoad, LossyLoad, Role, TierLoad
 
 NOTHING = Taken()
 _NO_BEAT = Beat()
+_NOTHING_KEPT: Kept = MappingProxyType({})
 Pair = tuple[str, str]
 
 
 class Pools:
     """Both pools of a fleet, up to date when a snapshot is taken.
 
-    `sent` says what this ingress has sent to the replica of an epoch.
+    `sent` says what this ingress has sent to the replica of an epoch. `kept` is what was known of
+    tiers before; whoever puts another mapping there touches all members.
     """
 
-    def __init__(self, members: Mapping[str, Member], sent: Callable[[str], Taken]) -> None:
-        self._members, self._sent = members, sent
+    def __init__(
+        self,
+        members: Mapping[str, Member],
+        sent: Callable[[str], Taken],
+        kept: Kept = _NOTHING_KEPT,
+    ) -> None:
+        self._members, self._sent, self.kept = members, sent, kept
         self._moved = False  # someone came or went: no row is where it should be
         # By name, decode replicas first, as their columns are.
         self._rows: list[ReplicaView] = []
@@ -177,11 +187,23 @@ class Pools:
         self._tier_costs.set(place, row.tiers)
 
     def _row(self, member: Member, others: Taken = NOTHING) -> ReplicaView:
-        row = view_of(member, self._sent(member.replica.epoch), others)
-        known = self._last_to_fetch(member.replica.node)
-        if known is None or known is member or Tier.VAULT not in member.load.tiers:
-            return row
-        return replace(row, tiers=_tiers(_as_known(member, known)))
+        peer = member.load.peer
+        if self.kept:
+            peer = peer_of(member.replica, peer, self.kept)
+        sent = self._sent(member.replica.epoch)
+        return view_of(member, sent, others, self._known_tiers(member), peer)
+
+    def tiers_of(self, member: Member) -> Mapping[Tier, TierLoad]:
+        """What it told of its tiers, at the costs that plans go by."""
+        if self._moved:
+            self._rebuild()
+        return self._known_tiers(member)
+
+    def _known_tiers(self, member: Member) -> Mapping[Tier, TierLoad]:
+        known, tiers = self._last_to_fetch(member.replica.node), member.load.tiers
+        if known is not None and known is not member:
+            tiers = _as_known(member, known)
+        return tiers_of(member.replica, tiers, self.kept)
 
     def _has_fetched(self, member: Member) -> bool:
         """Whether it tells of other fetches from the vault than it did before."""
@@ -249,13 +271,21 @@ class Pools:
         return member.replica.role
 
 
-def view_of(member: Member, sent: Taken, others: Taken = NOTHING) -> ReplicaView:
+def view_of(
+    member: Member,
+    sent: Taken,
+    others: Taken = NOTHING,
+    tiers: Mapping[Tier, TierLoad] | None = None,
+    peer: FetchLoad | None = None,
+) -> ReplicaView:
     """A replica's row, before anything is known of the prompt.
 
     Its report lags by up to a beat; what ingresses sent and it has not answered is known at once.
-    What gives way is nobody's queue: it is counted apart.
+    What gives way is nobody's queue: it is counted apart. `tiers` and `peer` are taken for what it
+    tells of these, if they are given.
     """
     replica, load, gives_way = member.replica, member.load, member.load.yielding
+    tiers, peer = load.tiers if tiers is None else tiers, peer or load.peer
     unreported = member.requests - member.yielding
     unreported += sent.requests - sent.prefills + others.requests
     return ReplicaView(
@@ -271,10 +301,17 @@ def view_of(member: Member, sent: Taken, others: Taken = NOTHING) -> ReplicaView
         max(load.running - gives_way.running, unreported),
         replica.max_num_seqs,
         0,
-        _tiers(load.tiers) if load.tiers else (),
-        any(tier.unnamed for tier in load.tiers.values()),
+        _tiers(tiers, member.fetching) if tiers else (),
+        _unnamed(tiers),
         max(gives_way.waiting + gives_way.running, member.yielding),
+        GUESSES[Tier.PEER] if peer is None else curve_of(peer),
     )
+
+
+def _unnamed(told: Mapping[Tier, TierLoad]) -> Unnamed:
+    if any(each.unnamed for tier, each in told.items() if tier is not Tier.VAULT):
+        return Unnamed.OWN
+    return Unnamed.VAULT if Tier.VAULT in told else Unnamed.NONE
 
 
 def _fetches(member: Member) -> int:
@@ -289,19 +326,27 @@ def _as_known(member: Member, known: Member) -> dict[Tier, TierLoad]:
     if Tier.VAULT not in tiers:
         return tiers
     own, other = tiers[Tier.VAULT], known.load.tiers[Tier.VAULT]
-    told = TierLoad(own.blocks, own.unnamed, other.latency_s, other.per_byte_s, 0, other.lossy)
+    told = msgspec.structs.replace(other, blocks=own.blocks, unnamed=own.unnamed)
     return {**tiers, Tier.VAULT: told}
 
 
-def _tiers(told: Mapping[Tier, TierLoad]) -> tuple[TierView, ...]:
+def _tiers(told: Mapping[Tier, TierLoad], fetching: Mapping[Tier, int]) -> tuple[TierView, ...]:
     """Those that a replica told of, in the order in which its engine asks them."""
-    there = ((tier, told[tier]) for tier in TIER_ORDER if tier in told)
-    return tuple(TierView(tier, _curve(each), 0, _lossy(each)) for tier, each in there)
+    there = ((tier, told[tier], fetching.get(tier, 0)) for tier in TIER_ORDER if tier in told)
+    return tuple(
+        TierView(
+            tier,
+            _behind(each, n_bytes),
+            0,
+            None if each.lossy is None else _behind(each.lossy, n_bytes),
+        )
+        for tier, each, n_bytes in there
+    )
 
 
-def _curve(told: TierLoad | LossyLoad) -> LinkCurve:
-    return LinkCurve(told.latency_s, told.per_byte_s)
-
-
-def _lossy(told: TierLoad) -> LinkCurve | None:
-    return None if told.lossy is None else _curve(told.lossy)
+def _behind(told: TierLoad | LossyLoad, n_bytes: int) -> LinkCurve:
+    """Its curve for a fetch that comes behind others of so many bytes."""
+    curve = curve_of(told)
+    if not n_bytes:
+        return curve
+    return LinkCurve(curve.latency_s + curve.per_byte_s * n_bytes, curve.per_byte_s)

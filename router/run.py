@@ -41,7 +41,7 @@ class Attempt:
         """Prompt tokens that the plan has computed, on whichever replica; not a split's head."""
         *_, last = self.plan.spans
         computed = (span for span in self.plan.spans if span.source is Source.COMPUTE)
-        return sum(s.end_token - s.start_token for s in computed if s.replica == last.replica)
+        return sum(span.tokens for span in computed if span.replica == last.replica)
 
     @property
     def prefill(self) -> str | None:
@@ -74,6 +74,7 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
     """
     with ExitStack() as expected:
         expected.enter_context(_expecting(fleet, attempt))
+        expected.enter_context(fleet.fetching(attempt.plan.decode, attempt.plan.spans))
         expected.enter_context(computing_head(fleet, attempt, record))
         handoff = unread = await _handoff(fleet, attempt, record)
         decode: Member | None = None
@@ -123,7 +124,10 @@ async def _prefill(fleet: Fleet, attempt: Attempt, name: str, record: Record) ->
     prefill = _member(fleet, name)
     submit = _submit(fleet, attempt, Role.PREFILL, None)
     unread = partial(_release, fleet, attempt)
-    with attempt.expected(fleet, name, attempt.computes_tokens, attempt.keys):
+    with (
+        attempt.expected(fleet, name, attempt.computes_tokens, attempt.keys),
+        fleet.fetching(name, attempt.plan.spans),
+    ):
         async with prefill.run(submit, unread) as deltas:
             async for delta in deltas:
                 record.prefill_sources = delta.sources or record.prefill_sources

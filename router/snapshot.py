@@ -2,10 +2,12 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import overload
 
 from kv.catalogue import Tier
 from kv.curve import LinkCurve, PrefillCurve
+from kv.fetch import GUESSES
 from router.columns import Columns, Floats, TierColumns
 
 
@@ -24,14 +26,22 @@ class TierView:
         return self.lossy if lossy and self.lossy is not None else self.curve
 
 
+class Unnamed(IntEnum):
+    """Which tiers of a replica may have blocks of a prompt that nobody has told of."""
+
+    NONE = 0
+    VAULT = 1  # others store there too, and it may outlive who told of them
+    OWN = 2  # of an earlier life: it does not know yet what prompts they belong to
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
     """One routable replica.
 
     `queued_tokens` are prompt tokens of `queued_prefills` other requests that it has still to
-    compute; `hit_tokens` is how much of this request's prompt its paged KV holds. `unnamed`: its
-    tiers hold blocks of which it does not know yet what prompts they belong to. `yielding` requests
-    are in none of these figures, since they give way.
+    compute; `hit_tokens` is how much of this request's prompt its paged KV holds. `unnamed`:
+    whether its tiers may have what nobody told of. `yielding` requests are in none of these
+    figures, since they give way. `peer` is what blocks cost it that another replica lends.
     """
 
     name: str
@@ -44,8 +54,9 @@ class ReplicaView:
     max_num_seqs: int
     hit_tokens: int
     tiers: tuple[TierView, ...] = ()
-    unnamed: bool = False
+    unnamed: Unnamed = Unnamed.NONE
     yielding: int = 0
+    peer: LinkCurve = GUESSES[Tier.PEER]
 
     @property
     def queue_s(self) -> float:

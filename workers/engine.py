@@ -292,6 +292,8 @@ class Engine:
             self._watch.arrived(request.request_id, arrived_s, lossy)
             self._erasure.admit(request)
             self._classes.admit(request, patience_s)
+            if patience_s is not None:
+                self._totals.fetches.gives_way(request.request_id, self._scheduler.requests)
             self._first_to_go.admit(request, yields)
             self._core.add_request(request)
             self._backlog.admit(request)
@@ -364,7 +366,7 @@ class Engine:
             self._totals.observe(batch.scheduler_stats)
             self._vllm_metrics.record(without_connectors(batch.scheduler_stats), None)
         for load in () if self.vault is None else self.vault.loads():
-            self._totals.loaded(Tier.VAULT, *load)
+            self._totals.fetches.copied(Tier.VAULT, *load)
         self._totals.count(deltas)
         changes = self._mirror.take()
         self._totals.evicted(changes)
@@ -379,7 +381,7 @@ class Engine:
         sources = with_tiers(delta.sources, loaded)
         spent = self._watch.spent(delta.request_id, sources)
         if spent is not None:
-            self._totals.fetched(sources, spent)
+            self._totals.fetches.waited(delta.request_id, sources, spent)
         return msgspec.structs.replace(delta, sources=sources, spent=spent)
 
     def _load(self) -> Load:
@@ -396,11 +398,12 @@ class Engine:
             totals=self._totals.frozen(),
             tiers={tier: self._tier(tier) for tier in self._behind},
             yielding=self._classes.yielding(pending),
+            peer=self._totals.fetches.peer(),
         )
 
     def _tier(self, tier: Tier) -> TierLoad:
         blocks, unnamed = self._mirror.blocks(tier), self._mirror.unnamed(tier)
         if tier is not Tier.VAULT or self.vault is None:
-            return self._totals.load(tier, blocks, unnamed)
+            return self._totals.fetches.load(tier, blocks, unnamed)
         # Others store and find there too: nobody here knows what it has.
-        return self._totals.load(tier, blocks, 1, self.vault.lossy_share)
+        return self._totals.fetches.load(tier, blocks, 1, self.vault.lossy_share)

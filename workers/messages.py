@@ -17,7 +17,7 @@ from kv.plan import Hints
 from workers.errors import WireError
 
 # Bumped whenever a message changes shape; a replica of another version is not routable.
-WIRE_VERSION = 8
+WIRE_VERSION = 9
 
 
 # vLLM's kv_transfer_params: where a finished prefill's blocks lie. Opaque to the router.
@@ -186,8 +186,8 @@ class Spent(msgspec.Struct, frozen=True):
     `queued_s` from its arrival at the replica until the engine first took it up; `loading_s` from
     there until what it fetched from tiers, or was handed off, was in: `loaded_bytes` of paged KV;
     `computing_s` from there until its first token, or its handoff, left the engine. While it loaded
-    and computed, the engine computed `others_tokens` of other prompts too. The blocks of a `lossy`
-    request may have been stored by a lossy codec.
+    and computed, the engine computed `others_tokens` of other prompts too; `beside` it others
+    loaded. The blocks of a `lossy` request may have been stored by a lossy codec.
     """
 
     queued_s: float
@@ -196,6 +196,7 @@ class Spent(msgspec.Struct, frozen=True):
     loaded_bytes: int = 0
     others_tokens: int = 0
     lossy: bool = False
+    beside: bool = False
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -252,27 +253,31 @@ class Totals(msgspec.Struct, frozen=True):
     # Blocks that its paged KV gave up.
     evicted_blocks: int = 0
 
-    def plus(self, other: "Totals") -> "Totals":
-        """Both, added up."""
-        names = self.__struct_fields__
-        return Totals(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
-
-class LossyLoad(msgspec.Struct, frozen=True):
-    """As of a `TierLoad`, for blocks that a lossy codec made smaller; bytes are those of pages."""
+class FetchLoad(msgspec.Struct, frozen=True):
+    """Fetching n bytes into the paged KV takes `latency_s + n * per_byte_s`, by `samples` fetches;
+    a guess without any. `seen` are bytes and seconds of the last few."""
 
     latency_s: float
     per_byte_s: float
     samples: int = 0
+    seen: tuple[tuple[int, float], ...] = ()
+
+
+class LossyLoad(FetchLoad, frozen=True):
+    """The same of blocks that a lossy codec made smaller, to this `share`; bytes are those of
+    pages."""
+
+    share: float = 1.0
 
 
 class TierLoad(msgspec.Struct, frozen=True):
     """What a replica says of one tier behind its paged KV.
 
     It holds `blocks`; `unnamed` ones among them are in no `Blocks` message, since the replica does
-    not know yet what prompts they belong to. Fetching n bytes into the paged KV takes
-    `latency_s + n * per_byte_s`, by `samples` fetches; a guess without any. `lossy` says the same
-    of requests whose blocks a lossy codec stores there; None where all are stored as they are.
+    not know yet what prompts they belong to. What fetching from there takes is told as in
+    `FetchLoad`. `lossy` says the same of requests whose blocks a lossy codec stores there; None
+    where all are stored as they are.
     """
 
     blocks: int
@@ -281,6 +286,7 @@ class TierLoad(msgspec.Struct, frozen=True):
     per_byte_s: float
     samples: int = 0
     lossy: LossyLoad | None = None
+    seen: tuple[tuple[int, float], ...] = ()
 
 
 class Yielding(msgspec.Struct, frozen=True):
@@ -300,7 +306,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     `pending_prefills` requests have `pending_prefill_tokens` prompt tokens still to compute.
     Counts are of all requests; `yielding` says how many of them give way.
     `leased` counts finished prefills whose blocks wait for a decode replica to read them. A
-    `draining` replica finishes what it has and gets nothing new.
+    `draining` replica finishes what it has and gets nothing new. `peer` is what blocks cost that
+    another replica lends; None while none were fetched.
     """
 
     waiting: int = 0
@@ -314,6 +321,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     draining: bool = False
     tiers: dict[Tier, TierLoad] = {}
     yielding: Yielding = Yielding()
+    peer: FetchLoad | None = None
 
 
 class Blocks(msgspec.Struct, frozen=True, tag="blocks"):

@@ -16,7 +16,7 @@ import msgspec
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
 from workers import messages as wire
-from workers.messages import Delta, Handoff, Load, Replica, TierLoad
+from workers.messages import Delta, FetchLoad, Handoff, Load, Replica, TierLoad
 from workers.mirror import Change
 from workers.sim_costs import SimCosts, sim_answer, sim_body, sim_replica
 from workers.sim_fetch import Fetch, Lent
@@ -163,8 +163,10 @@ class SimEngine:
         if costs.host_blocks:
             tiers[Tier.HOST] = _told(len(steps.host), costs.host)
         if costs.vault is not None and steps.shelf is not None:
-            tiers[Tier.VAULT] = _told(len(steps.shelf), costs.vault)
-        return msgspec.structs.replace(steps.load(), tiers=tiers)
+            # Others store there too, as with a real one.
+            tiers[Tier.VAULT] = _told(len(steps.shelf), costs.vault, unnamed=1)
+        peer = FetchLoad(costs.peer.latency_s, costs.peer.per_byte_s) if costs.lends else None
+        return msgspec.structs.replace(steps.load(), tiers=tiers, peer=peer)
 
     def lent(self, work: str, keys: Sequence[bytes]) -> Lent | None:
         """What a peer that asks for blocks is told, as they are computed for the request `work`."""
@@ -378,5 +380,5 @@ class SimEngine:
                 peer.link.tell(load)
 
 
-def _told(blocks: int, curve: LinkCurve) -> TierLoad:
-    return TierLoad(blocks, 0, curve.latency_s, curve.per_byte_s)
+def _told(blocks: int, curve: LinkCurve, unnamed: int = 0) -> TierLoad:
+    return TierLoad(blocks, unnamed, curve.latency_s, curve.per_byte_s)

@@ -18,13 +18,14 @@ _MOST_UNREPORTED = 10_000
 @dataclass(slots=True)
 class _Times:
     """Of one request. `before_tokens` is what the engine had computed of all prompts when it began
-    to load or to compute this one."""
+    to load or to compute this one; `beside` it others were loading."""
 
     arrived_s: float
     lossy: bool
     loads_since_s: float | None = None
     computes_since_s: float | None = None
     before_tokens: int = 0
+    beside: bool = False
 
     @property
     def begun(self) -> bool:
@@ -39,6 +40,7 @@ class Stopwatch:
         self._prompt_tokens = 0  # computed of all prompts so far
         # Until their first delta; requests that end without one go with time.
         self._times: OrderedDict[str, _Times] = OrderedDict()
+        self._scheduler, self._loading = scheduler, set[str]()
         scheduler.schedule = self._noting_runs(scheduler.schedule)
         connector = scheduler.connector
         if connector is not None:
@@ -58,6 +60,7 @@ class Stopwatch:
     def spent(self, request_id: str, sources: Sources) -> Spent | None:
         """Of a request whose first token leaves the engine now; None for one that was not told."""
         times, now_s = self._times.pop(request_id, None), self._now()
+        self._loading.discard(request_id)
         if times is None:
             return None
         computes_s = now_s if times.computes_since_s is None else times.computes_since_s
@@ -71,6 +74,7 @@ class Stopwatch:
             loaded_bytes=loaded * self._token_bytes,
             others_tokens=max(0, others) if times.begun else 0,
             lossy=times.lossy,
+            beside=times.beside,
         )
 
     def _noting_runs(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,6 +85,7 @@ class Stopwatch:
                 if times is not None and times.computes_since_s is None:
                     self._begin(times)
                     times.computes_since_s = began_s
+                    self._loading.discard(new.req_id)
             # A stream has one token a step.
             counts = output.num_scheduled_tokens.values()
             self._prompt_tokens += sum(tokens for tokens in counts if tokens > 1)
@@ -110,6 +115,17 @@ class Stopwatch:
         if times is not None and not times.begun:
             self._begin(times)
             times.loads_since_s = at_s
+            self._loads_beside(request_id, times)
+
+    def _loads_beside(self, request_id: str, times: _Times) -> None:
+        """One link brings what all of them ask for: none is alone on it."""
+        there = self._scheduler.requests  # those that were aborted have left
+        self._loading = {name for name in self._loading if name in there}
+        for name in self._loading:
+            if (other := self._times.get(name)) is not None:
+                other.beside = True
+        times.beside = bool(self._loading)
+        self._loading.add(request_id)
 
     def _begin(self, times: _Times) -> None:
         if not times.begun:

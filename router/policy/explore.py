@@ -8,13 +8,15 @@ instead of the cheapest plan, one of about its cost that stands on a curve nobod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kv.plan import Plan, Shape, Source
+from kv.catalogue import Tier
+from kv.plan import Plan, Shape
 
 # A plan that is tried costs at most so many times as much as the cheapest. What became dearer than
 # that since it was at its best comes back by itself (`kv.live.WORSE`).
 MOST_COST = 1.5
 
-# What a plan stands on: ("prefill", replica), ("link", P, D), or ("fetch", replica, tier).
+# What a plan stands on: ("prefill", replica), ("link", P, D), or ("fetch", replica, tier), which is
+# of blocks that others lend where the tier is a peer's.
 Curve = tuple[str, ...]
 
 
@@ -33,11 +35,18 @@ class Exploration:
 
 
 def curves(plan: Plan) -> Iterator[Curve]:
-    """The curves by which a plan was priced, and that carrying it out refits."""
-    for span in plan.spans:
-        if span.source is Source.COMPUTE:
-            yield "prefill", span.replica
-        elif span.tier is not None:
-            yield "fetch", span.replica, span.tier
-    if plan.prefill is not None and plan.shape is not Shape.SPLIT:
+    """The curves by which a plan was priced, and that carrying it out refits.
+
+    That of whoever computes, but not of D in a split, whose seconds are P's too; the link of a
+    handoff; the tier that a prefix comes from, if nothing else brings any: what several bring tells
+    of none of them. Of a split's fetches the head's is told apart, since it comes from a peer.
+    """
+    yield "prefill", plan.prefill or plan.decode
+    if plan.shape is Shape.SPLIT:
+        yield "fetch", plan.decode, Tier.PEER
+        return
+    if plan.prefill is not None:
         yield "link", plan.prefill, plan.decode
+    fetched = [(span.replica, span.tier) for span in plan.spans if span.tier is not None]
+    if len(fetched) == 1 and plan.hints.peer is None:
+        yield "fetch", *fetched[0]

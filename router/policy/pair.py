@@ -42,6 +42,7 @@ from router.policy.kept import kept
 from router.policy.objective import objective
 from router.policy.question import Question
 from router.policy.session import preferred
+from router.snapshot import Unnamed
 
 # Plans that were not chosen and are kept for the audit.
 MAX_RIVALS = 3
@@ -384,7 +385,7 @@ def _own_hints(question: Question, prices: _Prices, best: int, spans: tuple[Span
     curve = columns.loads[: PER_TOKEN2_S + 1, at]
     saved_s = float(curve[PER_TOKEN_S] * (end - start) + curve[PER_TOKEN2_S] * (end**2 - start**2))
     # By then computing would have been done: who waits no longer than that pays twice at most.
-    if columns.loads[UNNAMED, at]:  # a tier whose blocks have no names here may have more
+    if columns.loads[UNNAMED, at] == Unnamed.OWN:  # they may be what comes next
         return replace(UNHINTED, deadline_s=saved_s)
     assert prices.taken is not None
     late_s = max(LEAST_PATIENCE_S, question.overrun * float(prices.taken.seconds[at]))

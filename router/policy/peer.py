@@ -11,8 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from kv.catalogue import Tier
-from kv.fetch import GUESSES
-from router.columns import PER_TOKEN2_S, PER_TOKEN_S, Columns, Floats, Lending
+from router.columns import (
+    PEER_LATENCY_S,
+    PEER_PER_BYTE_S,
+    PER_TOKEN2_S,
+    PER_TOKEN_S,
+    Columns,
+    Floats,
+    Lending,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,8 @@ def lender(
         columns.loads[PER_TOKEN_S, borrower] * span
         + columns.loads[PER_TOKEN2_S, borrower] * (reach**2 - lacks_from**2)
     )
-    if span <= 0 or GUESSES[Tier.PEER].seconds(span * token_bytes) >= saved_s:
+    latency_s, per_byte_s = columns.loads[[PEER_LATENCY_S, PEER_PER_BYTE_S], borrower]
+    if span <= 0 or latency_s + per_byte_s * span * token_bytes >= saved_s:
         return None
     return Lender(addresses[columns.names[place]], reach, saved_s)
 

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kv.catalogue import Tier
-from kv.fetch import GUESSES
 from kv.parts import Action, Part, in_turn
 from kv.plan import Hints, Plan, Reason, Rival, Shape, Source, Span
 from kv.split import Sides, best_split
 from router.columns import (
     BASE_S,
     OWN_S,
+    PEER_LATENCY_S,
+    PEER_PER_BYTE_S,
     PER_TOKEN2_S,
     PER_TOKEN_S,
     QUEUE_S,
@@ -41,9 +42,8 @@ LEAST_GAIN = 0.15
 # Plans that cost no more are not split: blocks on their way are asked for every 20 ms, and come
 # an engine's step later.
 LEAST_COST_S = 0.1
-# A side may take so many times as long as predicted before it is given up.
-PATIENCE = 2.0
-# And in any case so long: a head that is predicted to take no time may wait for a step.
+# A side may in any case take so long before it is given up: a head that is predicted to take no
+# time may wait for a step.
 LEAST_PATIENCE_S = 0.25
 # Between sums of the same numbers.
 _ROUNDING = 1e-9
@@ -170,7 +170,7 @@ def plan(question: Question, columns: Columns, split: Split, rivals: tuple[Rival
         predicted_ttft_s=split.ttft_s,
         cost_s=split.cost_s,
         rivals=rivals,
-        hints=_hints(question.snapshot.peers[p], split),
+        hints=_hints(question, columns, split),
         parts=_parts(columns, split),
     )
 
@@ -187,15 +187,19 @@ def _parts(columns: Columns, split: Split) -> tuple[Part, ...]:
     return (*in_turn(head), *in_turn((*tail, rest)))
 
 
-def _hints(address: str, split: Split) -> Hints:
+def _hints(question: Question, columns: Columns, split: Split) -> Hints:
     """D's. The head is waited for until it is surely late, then for as long as the tail's tier may
-    take to bring it instead."""
-    head_deadline_s = LEAST_PATIENCE_S + PATIENCE * split.head_s
+    take to bring it instead, or as computing all of it would."""
+    head_deadline_s = LEAST_PATIENCE_S + question.overrun * split.head_s
+    d, reach = split.decode, float(split.reach_tokens)
+    held = np.minimum(columns.hit_tokens[d : d + 1], reach)
+    computing_s = float(_compute_s(columns.loads[:, d : d + 1], reach, held)[0])
+    instead_s = min(question.overrun * split.refetch_s, computing_s)
     return Hints(
         reach_tokens=split.reach_tokens,
         tiers=(split.tier,),
-        deadline_s=head_deadline_s + LEAST_PATIENCE_S + PATIENCE * split.refetch_s,
-        peer=address,
+        deadline_s=head_deadline_s + LEAST_PATIENCE_S + instead_s,
+        peer=question.snapshot.peers[columns.names[split.prefill]],
         head_tokens=split.split_tokens,
         head_deadline_s=head_deadline_s,
     )
@@ -315,13 +319,13 @@ def _sides(
 ) -> Sides:
     """Seconds as the split moves; the tail's begin behind what D computes for others."""
     d, token_bytes = ends.decode, question.snapshot.kv_bytes_per_token
-    peer_s, price = GUESSES[Tier.PEER].per_byte_s * token_bytes, question.compute_price
+    peer_s, price = of_d[PEER_PER_BYTE_S] * token_bytes, question.compute_price
     tier_s = (tiers.per_byte_s[place, d] * token_bytes)[:, None]
-    handoff_s = GUESSES[Tier.PEER].latency_s - peer_s * ends.has_tokens[d]
+    handoff_s = of_d[PEER_LATENCY_S] - peer_s * ends.has_tokens[d]
     tail_s = of_d[QUEUE_S] + tiers.latency_s[place, d]
     return Sides(
         head_s=heads.begin_s + handoff_s[:, None],
-        head_per_token_s=heads.per_token_s + peer_s,
+        head_per_token_s=heads.per_token_s + peer_s[:, None],
         head_per_token2_s=heads.per_token2_s,
         tail_s=tail_s[:, None] + tier_s * reach[:, None],
         tail_per_token_s=tier_s,

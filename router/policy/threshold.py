@@ -86,9 +86,7 @@ def _predicted_s(
     start, reach, n = fetched[0].start_token, fetched[-1].end_token, question.prompt_tokens
     curves = {each.tier: each.curve for each in view.tiers}
     moving_s = sum(
-        curves[span.tier].seconds(
-            (span.end_token - span.start_token) * question.snapshot.kv_bytes_per_token
-        )
+        curves[span.tier].seconds(span.tokens * question.snapshot.kv_bytes_per_token)
         for span in fetched
         if span.tier
     )

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from dataclasses import replace
+from typing import cast
 
 import msgspec
 import pytest
@@ -11,6 +12,8 @@ from prometheus_client import CollectorRegistry
 from kv.curve import PrefillCurve
 from router.errors import NoReplicaError
 from router.metrics import FleetMetrics
+from router.pool_metrics import PoolMetrics
+from router.vault import ShardDirectory, VaultView
 from tests.sim.world import COSTS, World, answer, request, world
 from workers.messages import Role
 
@@ -95,6 +98,46 @@ async def test_sums_of_counters_never_fall() -> None:
             await _disturb(here, number)
             seen = _not_less(collector, seen)
         assert seen >= 6 * 400
+
+
+async def test_a_replica_that_was_away_is_counted_once() -> None:
+    """One that hung for so long that its record was void comes back with all that it had counted:
+    what was kept of it is not added to that."""
+    async with world() as here:
+        collector = FleetMetrics(here.fleet)
+        asked = request("r", range(400), 3)
+        assert await here.ask(asked) == answer(asked)
+        await asyncio.sleep(2.0)
+        counted = _not_less(collector, 400)
+        hung = here.directory.announced.pop("decode-0")
+        here.engine("decode-0").hang()
+        await asyncio.sleep(15.0)
+        assert here.fleet.member("decode-0") is None
+        assert _not_less(collector, counted) == counted
+        here.directory.announced["decode-0"] = hung
+        here.engine("decode-0").resume()
+        await here.warmed()
+        await asyncio.sleep(3.0)
+        every = [here.engine(name).load().totals for name in here.directory.announced]
+        computed = sum(each.prompt_tokens_computed + each.prompt_tokens_device for each in every)
+        assert _not_less(collector, counted) == computed
+
+
+async def test_a_pool_tells_how_many_it_lacks() -> None:
+    """A dead replica's own series ends with it: pools have one each, down to none."""
+    async with world(prefill=1, decode=1) as here:
+        vault = VaultView(cast(ShardDirectory, None))
+        metrics = PoolMetrics(here.fleet, vault, {"prefill": 1, "decode": 1, "vault": 2})
+
+        def told(name: str) -> dict[str, float]:
+            [found] = [each for each in metrics.collect() if each.name.endswith(name)]
+            return {sample.labels["role"]: sample.value for sample in found.samples}
+
+        assert told("wanted") == {"prefill": 1, "decode": 1, "vault": 2}
+        assert told("up") == {"prefill": 1, "decode": 1, "vault": 0}
+        here.engine("decode-0").crash()
+        await asyncio.sleep(6.0)
+        assert told("up") == {"prefill": 1, "decode": 0, "vault": 0}
 
 
 async def _disturb(here: World, number: int) -> None:

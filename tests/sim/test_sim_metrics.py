@@ -1,18 +1,25 @@
 """What an ingress tells of each replica and of what things cost."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import msgspec
+import pytest
 from prometheus_client.registry import Collector
 
 from kv.catalogue import Tier
+from kv.curve import LinkCurve
+from router.curve_book import KeptLink
 from router.curve_metrics import CurveMetrics
 from router.curves import curves_of
 from router.replica_metrics import ReplicaMetrics
 from router.targets import targets_of
-from tests.sim.world import World, request, world
-from workers.messages import TierLoad
+from tests.sim.world import COSTS, World, request, world
+from workers.messages import FetchLoad, Load, LossyLoad, Role, TierLoad
+
+# The event loop's clock is not the wall's: what sleeps takes no time.
+pytestmark = pytest.mark.looptime(start=0, idle_timeout=0, noop_cycles=1)
 
 
 def _samples(collector: Collector) -> dict[tuple[Any, ...], float]:
@@ -75,6 +82,70 @@ async def test_costs_are_medians_of_what_plans_go_by() -> None:
         assert round(found["breakeven_crossover_tokens", "host", "local"], 1) == crossover
         speed = here.fleet.members()[0].speed.curve.seconds(1024, 0)
         assert found["breakeven_prefill_seconds", "decode"] == speed
+
+
+VAULT = TierLoad(
+    0, 1, 0.3, 2e-9, 20, LossyLoad(0.1, 1e-9, 9, ((900, 0.2),), 0.25), ((500, 0.4), (700, 0.5))
+)
+
+
+async def test_a_tier_is_told_with_its_points_and_its_codec_s_curve() -> None:
+    """Where they are asked for; and at the curve that plans go by, which is that of whoever on the
+    node used the vault last."""
+    async with world(hardware="cpu") as here:
+        guess = TierLoad(0, 1, 0.02, 2e-9, 0, LossyLoad(0.02, 1e-9, 0, (), 0.25))
+        for name, told in (("decode-0", guess), ("decode-1", VAULT)):
+            member = here.fleet.member(name)
+            assert member is not None
+            member.receive(Load(tiers={Tier.VAULT: told}))
+        rows = curves_of(here.fleet, points=True)["tiers"]
+        for name in ("decode-0", "decode-1"):
+            row = rows[name]["vault"]
+            assert (row["latency_s"], row["samples"]) == (0.3, 20)
+            assert row["points"] == [[500, 0.4], [700, 0.5]]
+            assert (row["lossy"]["latency_s"], row["lossy"]["points"]) == (0.1, [[900, 0.2]])
+            assert row["lossy"]["crossover_tokens"] is not None
+            view = here.fleet.snapshot([], None).decode[int(name[-1])].tiers[0]
+            assert (view.curve.latency_s, view.lossy) == (0.3, LinkCurve(0.1, 1e-9))
+        quiet = curves_of(here.fleet)["tiers"]["decode-0"]["vault"]
+        assert "points" not in {*quiet, *quiet["lossy"]}
+        assert (
+            _samples(CurveMetrics(here.fleet))["breakeven_link_latency_seconds", "vault", "nixl"]
+            == 0.3
+        )
+
+
+async def test_what_blocks_cost_that_others_lend_is_told() -> None:
+    """Of each replica that lends."""
+    async with world(decode=1, costs=replace(COSTS, host_blocks=64, lends=True)) as here:
+        seen = ((500, 0.4),)
+        _load(here, "decode-0", peer=FetchLoad(0.7, 1e-9, 9, seen))
+        row = curves_of(here.fleet, points=True)["tiers"]["decode-0"]["peer"]
+        assert (row["latency_s"], row["samples"], row["points"]) == (0.7, 9, [[500, 0.4]])
+        assert "peer" in {
+            kind for name, kind, *_ in _samples(CurveMetrics(here.fleet)) if "link" in name
+        }
+
+
+async def test_a_replica_that_starts_begins_with_what_those_like_it_knew() -> None:
+    """With its predecessor's curves of tiers, which are kept for the next cluster, too."""
+    costs = replace(COSTS, host_blocks=64, lends=True)
+    async with world(decode=2, costs=costs, hardware="cpu") as here:
+        host, peer = TierLoad(9, 0, 0.4, 3e-9, 12), FetchLoad(0.7, 4e-9, 12)
+        _load(here, "decode-0", tiers={Tier.HOST: host}, peer=peer)
+        kept = here.fleet.book().tiers
+        assert sorted(kept.values(), key=lambda link: link.latency_s) == [
+            KeptLink(0.4, 3e-9, 12),
+            KeptLink(0.7, 4e-9, 12),
+        ]
+        here.engine("decode-0").crash()
+        here.start("decode-0", Role.DECODE, epoch="2", hardware="cpu")
+        await here.warmed()
+        for row in here.fleet.snapshot([], None).decode:
+            assert row.tiers[0].curve == LinkCurve(0.4, 3e-9)
+            assert row.peer == LinkCurve(0.7, 4e-9)
+        told = curves_of(here.fleet)["tiers"]["decode-0"]
+        assert (told["host"]["latency_s"], told["peer"]["latency_s"]) == (0.4, 0.7)
 
 
 async def test_targets_are_those_that_answer_prometheus() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
-from kv.plan import Reason, Shape, Source
+from kv.plan import Reason, Shape, Source, Span
 from router.audit import Record
 from tests.sim.world import COSTS, Prompts, World, answer, request, world
 from workers.messages import Role
@@ -123,3 +123,27 @@ async def test_plans_over_small_tiers_are_kept_and_tokens_are_right() -> None:
         for member in here.fleet.members():
             held = here.node.holdings.blocks(member.replica.epoch, Tier.HOST)
             assert held == member.load.tiers[Tier.HOST].blocks <= 600
+
+
+async def test_what_is_fetched_next_comes_behind_what_is_under_way() -> None:
+    """A plan's bytes count from when it is sent until its first token, then no more."""
+    async with world(prefill=0, decode=1, costs=TIERED, kv_blocks=128) as here:
+        member = here.fleet.members()[0]
+
+        def cost() -> LinkCurve:
+            [row] = here.fleet.snapshot((), None).decode
+            return row.tiers[0].curve
+
+        idle = cost()
+        spans = (
+            Span(Source.FETCH, 0, 640, "decode-0", Tier.HOST),
+            Span(Source.COMPUTE, 640, 700, "decode-0"),
+        )
+        with here.fleet.fetching("decode-0", spans), here.fleet.fetching("decode-0", spans):
+            n_bytes = 2 * 640 * member.replica.kv_bytes_per_token
+            assert cost().seconds(0) == pytest.approx(idle.seconds(n_bytes))
+            assert cost().per_byte_s == idle.per_byte_s
+        assert cost() == idle
+        await displaced(here)
+        await again(here)
+        assert not member.fetching

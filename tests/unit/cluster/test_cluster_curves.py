@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster import cli
-from cluster.curve_plot import check, draw
+from cluster.curve_plot import MOST_TIERS, check, draw, pictured, tier_rows
 from cluster.errors import PlotError
 
 PREFILL = {"base_s": 0.02, "per_token_s": 0.002, "per_token2_s": 1e-7, "step_s": 0.02, "samples": 2}
@@ -27,6 +27,58 @@ def _report(links: int) -> dict[str, Any]:
         },
         "tiers": {},
         "replicas": [{"name": "decode-0", "kv_bytes_per_token": 46_080}],
+    }
+
+
+def _with_tiers(report: dict[str, Any]) -> dict[str, Any]:
+    """Host memory without points, and a vault with a lossy codec's curve beside its own."""
+    host = {"latency_s": 0.005, "bytes_per_s": 4e9, "crossover_tokens": 3.0, "samples": 0}
+    lossy = {**host, "crossover_tokens": 41.0, "points": [[46_080_000, 0.05], [4_608_000, 0.01]]}
+    vault = {**host, "crossover_tokens": None, "points": [[46_080_000, 0.2]], "lossy": lossy}
+    tiers = {"decode-0": {"host": {**host, "points": []}, "vault": vault}}
+    return {**report, "tiers": tiers}
+
+
+def _panels(report: dict[str, Any]) -> dict[str, Any]:
+    return {axes.get_title(): axes for axes in pictured(report).axes if axes.get_title()}
+
+
+def test_every_tier_has_a_panel_and_every_codec_of_one() -> None:
+    """Beside those of links: the fit against computing on whoever fetches, the samples as dots, and
+    the crossover where there is one."""
+    panels = _panels(_with_tiers(_report(1)))
+    drawn = ["decode-0/host", "decode-0/vault", "decode-0/vault/lossy"]
+    assert list(panels) == ["computing a prompt", "prefill-0->decode-0", *drawn]
+    dots = {
+        name: [each.get_offsets().tolist() for each in panels[name].collections] for name in drawn
+    }
+    assert dots["decode-0/host"] == []
+    assert dots["decode-0/vault"] == [[[1000.0, 0.2]]]
+    assert dots["decode-0/vault/lossy"] == [[[1000.0, 0.05], [100.0, 0.01]]]
+    for name, crossover in zip(drawn, (3, None, 41), strict=True):
+        lines = {line.get_label(): line for line in panels[name].lines}
+        marks = {"fetching", "computing"} | ({f"crossover at {crossover}"} if crossover else set())
+        assert set(lines) == marks
+        tokens, seconds = lines["fetching"].get_data()
+        assert seconds[0] == pytest.approx(0.005)
+        assert seconds[-1] == pytest.approx(0.005 + tokens[-1] * 46_080 / 4e9)
+        assert lines["computing"].get_ydata()[0] == pytest.approx(PREFILL["base_s"])
+
+
+def test_many_tiers_are_drawn_in_part() -> None:
+    """As many as there is room for, by name."""
+    report = _with_tiers(_report(0))
+    one = report["tiers"]["decode-0"]
+    report["tiers"] = {f"decode-{n:02}": one for n in range(40)}
+    assert len(_panels(report)) == 1 + MOST_TIERS
+
+
+def test_the_table_has_a_row_for_each_tier_and_codec() -> None:
+    """By the names of the panels."""
+    assert set(tier_rows(_with_tiers(_report(0))["tiers"])) == {
+        "decode-0/host",
+        "decode-0/vault",
+        "decode-0/vault/lossy",
     }
 
 

@@ -88,3 +88,35 @@ def test_a_request_waits_until_its_deadline_and_no_longer() -> None:
     assert promoted.overran(0.5, 101.0)
     promoted.waits_since_s = None
     assert promoted.overran(0.5, 102.0)
+
+
+@given(st.floats(0.001, 5.0), st.floats(0.0, 5.0))
+def test_between_two_bounds_nothing_is_learned_and_outside_the_nearer_one(
+    least_s: float, wide_s: float
+) -> None:
+    """A guess that could be right stays."""
+    cost = FetchCost(GUESS)
+    guess_s, most_s = GUESS.seconds(GIB), least_s + wide_s
+    for _ in range(20):
+        cost.saw_between(GIB, least_s, most_s, 0.0)
+    told_s = cost.curve(0.0).seconds(GIB)
+    if least_s <= guess_s <= most_s:
+        assert cost.samples == 0
+        assert told_s == guess_s
+    else:
+        assert least_s / 1.2 < told_s < most_s * 1.2
+
+
+def test_what_is_shown_is_what_was_seen_last() -> None:
+    """Sixteen of them, with what each byte takes beside; made anew only when that has changed."""
+    cost = FetchCost(GUESS)
+    assert cost.seen() == ()
+    for number in range(1, 21):
+        cost.saw(number * GIB, 2.0 * number, 0.0)
+    seen = cost.seen(1e-9)
+    assert [n_bytes // GIB for n_bytes, _ in seen] == list(range(5, 21))
+    assert seen[0][1] == pytest.approx(10.0 + 5e-9 * GIB, rel=0.01)
+    assert cost.seen(1e-9) is seen
+    assert cost.seen(2e-9)[0][1] > seen[0][1]
+    cost.saw(GIB, 2.0, 0.0)
+    assert cost.seen(2e-9)[-1][0] == GIB

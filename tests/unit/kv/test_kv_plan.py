@@ -54,6 +54,19 @@ def test_the_header_shows_shape_spans_prediction_and_reason() -> None:
     )
 
 
+def test_a_fetch_names_the_codec_that_may_have_stored_its_blocks() -> None:
+    """A vault's alone: the other tiers hold pages as they are."""
+    spans = (
+        Span(Source.FETCH, 0, 64, "decode-0", Tier.HOST),
+        Span(Source.FETCH, 64, 512, "decode-0", Tier.VAULT),
+        Span(Source.COMPUTE, 512, 520, "decode-0"),
+    )
+    assert " fetch=64@decode-0/host fetch=448@decode-0/vault/int8 " in (
+        plan_of(spans).coded("int8").header()
+    )
+    assert "int8" not in plan_of(spans).header()
+
+
 def test_a_plan_without_a_hit_says_so() -> None:
     """A miss is shown as hit=0, not left to be guessed."""
     header = plan_of((Span(Source.COMPUTE, 0, 40, "decode-0"),), 0.0).header()

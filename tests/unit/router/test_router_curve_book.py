@@ -1,14 +1,20 @@
 """Curves that outlive a cluster."""
 
 import asyncio
+import random
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from kv.catalogue import Tier
 from kv.curve import PrefillCurve, PrefillSample
+from kv.fetch import GUESSES
 from router.curve_book import Book, KeptLink, KeptPrefill, follow, keep, read
+from router.fleet import Fleet
+from router.member import Member
 from router.speed import Speeds
 from workers.messages import Role
 from workers.sim import SimCosts, sim_replica
@@ -40,11 +46,31 @@ def test_a_file_that_is_none_is_begun_anew(content: bytes, tmp_path: Path) -> No
     assert read(path).prefill == {"cpu": A}
 
 
-def test_a_curve_that_pays_is_not_believed(tmp_path: Path) -> None:
+def test_tiers_are_kept_beside_links(tmp_path: Path) -> None:
+    """Those that another cluster knew stay; a file of before there were any is read."""
+    path = tmp_path / "model.json"
+    disk, vault = KeptLink(0.01, 1e-9, 9), KeptLink(0.02, 2e-9, 90)
+    path.write_bytes(
+        b'{"version":1,"links":{"x":{"latency_s":0.01,"per_byte_s":1e-9,"samples":9}}}'
+    )
+    assert read(path) == Book(links={"x": disk})
+    keep(path, Book(tiers={"cpu, disk": disk, "cpu, vault": disk}))
+    keep(path, Book(tiers={"cpu, vault": vault}))
+    assert read(path) == Book(links={"x": disk}, tiers={"cpu, disk": disk, "cpu, vault": vault})
+
+
+@pytest.mark.parametrize(
+    "negative",
+    [
+        Book(prefill={"cpu": KeptPrefill(-1.0, 0.002, 0.0, 9)}),
+        Book(links={"x": KeptLink(-1.0, 1e-9, 9)}),
+        Book(tiers={"cpu, disk": KeptLink(0.01, -1e-9, 9)}),
+    ],
+)
+def test_a_curve_that_pays_is_not_believed(negative: Book, tmp_path: Path) -> None:
     """Whoever wrote it."""
     path = tmp_path / "model.json"
-    negative = KeptPrefill(-1.0, 0.002, 0.0, 9)
-    path.write_bytes(msgspec.json.encode(Book(prefill={"cpu": negative})))
+    path.write_bytes(msgspec.json.encode(negative))
     assert read(path) == Book()
 
 
@@ -73,6 +99,17 @@ def test_a_next_start_begins_with_what_was_kept() -> None:
         wanted = expected or PrefillCurve(*(0.01 * cost for cost in astuple(A.curve())))
         for new in (32, 1024):
             assert told.seconds(new, 0) == pytest.approx(wanted.seconds(new, 0), rel=0.05)
+
+
+def test_an_ingress_begins_with_the_tiers_of_its_book() -> None:
+    """Until a replica of that hardware tells better."""
+    nobody: Any = None
+    book = Book(tiers={"cpu, peer": KeptLink(0.7, 4e-9, 9)})
+    fleet = Fleet(nobody, nobody, nobody, b"", lambda: 0.0, random.Random(1), False, book)
+    for hardware, latency_s in (("cpu", 0.7), ("gpu", GUESSES[Tier.PEER].latency_s)):
+        replica = sim_replica("d", Role.DECODE, COSTS, hardware=hardware)
+        member = Member(replica, lambda _: nobody, nobody, lambda: 0.0)
+        assert fleet.peer_of(member).latency_s == latency_s
 
 
 def test_what_few_requests_told_is_not_kept() -> None:

@@ -157,6 +157,42 @@ def test_a_curve_is_stale_once_it_was_not_used_for_long() -> None:
     assert fresh() == frozenset()
 
 
+def test_what_moves_no_curve_leaves_all_as_stale_as_they_were() -> None:
+    """A request that gives way tells nothing of what it uses."""
+    explorer = Explorer(1.0, Clock(), random.Random(3))
+    plan = choose(by_vault(LinkCurve(0.02, 1e-10)))
+    explorer.uses(plan, yields=True)
+    exploration = explorer.exploration()
+    assert exploration is not None
+    assert exploration.fresh == frozenset()
+
+
+def test_what_two_tiers_bring_tells_of_neither() -> None:
+    """An engine sees how long a request waited for both."""
+    held = (
+        TierView(Tier.HOST, LinkCurve(0.005, 1e-10), 500),
+        TierView(Tier.VAULT, LinkCurve(0.02, 1e-10), 992),
+    )
+    plan = choose(question(1000, [], [{"tiers": held}]))
+    assert [span.tier for span in plan.spans if span.tier] == [Tier.HOST, Tier.VAULT]
+    assert set(curves(plan)) == {("prefill", "decode-0")}
+
+
+def test_a_prefix_that_a_peer_may_add_to_tells_of_no_tier() -> None:
+    """Nor does what is borrowed make a plan worth trying: it was not priced by it."""
+    plan = choose(by_vault(LinkCurve(0.02, 1e-10)))
+    lent = replace(plan, hints=replace(plan.hints, peer="tcp://10.0.0.1:5"))
+    assert set(curves(plan)) - set(curves(lent)) == {("fetch", "decode-0", "vault")}
+
+
+def test_a_split_tells_of_its_head() -> None:
+    """Of P's computing and of the way to D; D waits for both sides, so nothing tells them apart."""
+    tail = (TierView(Tier.VAULT, LinkCurve(0.02, 5e-9), 1952),)
+    plan = choose(asked(2000, [{}], [{"tiers": tail}]))
+    assert plan.shape is Shape.SPLIT
+    assert set(curves(plan)) == {("prefill", "prefill-0"), ("fetch", "decode-0", "peer")}
+
+
 def found_out(share: float) -> tuple[int, int]:
     """How many of 2,000 requests tried a vault that is ten times as fast as was guessed, which is a
     little slower than computing; and how many of the last 100 fetched."""

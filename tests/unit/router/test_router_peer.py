@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv.catalogue import Tier
-from kv.curve import PrefillCurve
+from kv.curve import LinkCurve, PrefillCurve
 from kv.fetch import GUESSES
-from kv.plan import Plan
+from kv.plan import Plan, Shape
 from router.policy.pair import choose
 from router.policy.question import Question
+from router.snapshot import TierView
+from tests.unit.router.test_router_split import asked as split_question
 from tests.unit.router.test_router_tiers import question, tiers
 
 TOKEN_BYTES = 100_000
@@ -63,6 +65,34 @@ def test_what_takes_longer_than_computing_is_not_asked_for() -> None:
     fetch_s = GUESSES[Tier.PEER].seconds(32 * TOKEN_BYTES)
     assert fetch_s > curve.seconds(32, 640) - curve.base_s
     assert made.hints.peer is None
+
+
+@pytest.mark.parametrize(("per_byte_s", "asked_for"), [(1e-9, True), (4e-9, True), (6e-9, False)])
+def test_a_link_that_is_known_to_be_slow_is_not_asked(per_byte_s: float, asked_for: bool) -> None:
+    """By the borrower's own curve: 1,600 tokens take 0.8 s to compute. What the lender's costs is
+    another's business."""
+    slow = LinkCurve(0.02, 1e-6)
+    borrower = {"peer": LinkCurve(0.02, per_byte_s)}
+    made = plan([{**BUSY, "hit_tokens": 1600, "peer": slow}, borrower])
+    assert (made.hints.peer == A) is asked_for
+
+
+@pytest.mark.parametrize(
+    ("peer", "splits"), [(GUESSES[Tier.PEER], True), (LinkCurve(0.02, 1e-7), False)]
+)
+def test_a_split_s_head_is_priced_by_the_link_of_whoever_takes_it(
+    peer: LinkCurve, splits: bool
+) -> None:
+    """A link that turned out slow ends splits, and the price is the slower link's."""
+    tail = (TierView(Tier.VAULT, LinkCurve(0.02, 5e-9), 1952),)
+    made = split_question(2000, [{}], [{"tiers": tail, "peer": peer}])
+    found = choose(made)
+    assert (found.shape is Shape.SPLIT) is splits
+    if splits:
+        dearer = replace(peer, latency_s=peer.latency_s + 0.02)
+        again = choose(split_question(2000, [{}], [{"tiers": tail, "peer": dearer}]))
+        assert again.shape is Shape.SPLIT
+        assert again.cost_s > found.cost_s
 
 
 def test_prompt_logprobs_are_not_borrowed() -> None:

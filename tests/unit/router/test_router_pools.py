@@ -11,18 +11,26 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
+from kv.refit import SHIFT_AFTER
 from router.catalogue.wire import Beat, Found, Taken
 from router.columns import Columns, Floats
+from router.curve_book import KeptLink
 from router.member import Member
 from router.pools import NOTHING, Pools, view_of
-from router.snapshot import ReplicaView, Snapshot
-from workers.messages import Load, LossyLoad, Request, Role, TierLoad, Welcome
+from router.snapshot import ReplicaView, Snapshot, TierView
+from workers.messages import FetchLoad, Load, LossyLoad, Request, Role, TierLoad, Welcome
 from workers.sim import SimCosts, sim_replica
 
 some_name = st.sampled_from(["a", "b", "c", "d"])
 some_role = st.sampled_from(Role)
 
 
+KEPT_VAULT, KEPT_PEER = LinkCurve(0.7, 7e-9), LinkCurve(0.8, 8e-9)
+# Of one kind of hardware.
+KEPT = {
+    "cpu, vault": KeptLink(KEPT_VAULT.latency_s, KEPT_VAULT.per_byte_s, 9),
+    "cpu, peer": KeptLink(KEPT_PEER.latency_s, KEPT_PEER.per_byte_s, 9),
+}
 some_behind = st.sampled_from([Tier.HOST, Tier.DISK, Tier.VAULT])
 
 
@@ -33,6 +41,10 @@ def with_hits(
         replace(view, hit_tokens=behind.get(view.tier, 0) * block_tokens) for view in row.tiers
     )
     return replace(row, hit_tokens=hit_tokens, tiers=tiers)
+
+
+def as_kept(view: TierView) -> TierView:
+    return replace(view, curve=KEPT_VAULT) if view.tier is Tier.VAULT else view
 
 
 class Nowhere:
@@ -54,14 +66,21 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         super().__init__()
         self.members: dict[str, Member] = {}
         self.sent: dict[str, Taken] = {}
-        self.pools = Pools(self.members, lambda epoch: self.sent.get(epoch, NOTHING))
+        self.pools = Pools(self.members, lambda epoch: self.sent.get(epoch, NOTHING), KEPT)
         self.links: dict[tuple[str, str], LinkCurve] = {}
         self.shown: list[tuple[Snapshot, list[object], Floats]] = []
         self.fetched: list[Member] = []
 
-    @rule(name=some_name, role=some_role, up=st.booleans(), lends=st.booleans())
-    def come(self, name: str, role: Role, up: bool, lends: bool) -> None:
-        replica = sim_replica(name, role, SimCosts(), epoch=f"{name}/{len(self.shown)}")
+    @rule(
+        name=some_name,
+        role=some_role,
+        up=st.booleans(),
+        lends=st.booleans(),
+        hardware=st.sampled_from(["", "cpu", "gpu"]),
+    )
+    def come(self, name: str, role: Role, up: bool, lends: bool, hardware: str) -> None:
+        epoch = f"{name}/{len(self.shown)}"
+        replica = sim_replica(name, role, SimCosts(), epoch=epoch, hardware=hardware)
         if lends:
             replica = msgspec.structs.replace(replica, peer_address=f"tcp://{replica.epoch}")
         member = Member(
@@ -94,6 +113,7 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         unnamed=st.integers(0, 1),
         samples=st.integers(0, 9),
         lossy=st.booleans(),
+        borrowed=st.none() | st.integers(1, 9),
     )
     def report(
         self,
@@ -104,6 +124,7 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         unnamed: int,
         samples: int,
         lossy: bool,
+        borrowed: int | None,
     ) -> None:
         if member := self.members.get(name):
             # No two replicas know the same.
@@ -111,7 +132,8 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
             rounded = LossyLoad(latency_s / 2, 1e-9) if lossy else None
             told = {tier: TierLoad(9, unnamed, latency_s, 1e-9, samples, rounded) for tier in tiers}
             before = fetches(member)
-            member.receive(Load(waiting=waiting, draining=draining, tiers=told))
+            peer = None if borrowed is None else FetchLoad(latency_s, 3e-9, borrowed)
+            member.receive(Load(waiting=waiting, draining=draining, tiers=told, peer=peer))
             if fetches(member) != before:
                 self.fetched.append(member)
 
@@ -201,14 +223,22 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
             assert all(map(np.array_equal, kept.tiers[1:], anew.tiers[1:]))
 
     def told(self, member: Member, row: ReplicaView, lossy: bool) -> ReplicaView:
-        """All go by whoever beside them fetched from the vault last; and who allows a lossy codec
-        by what that costs."""
+        """All go by whoever beside them fetched from the vault last; where that was seldom, by what
+        is kept of their hardware; and who allows a lossy codec by what that costs."""
         shown = [*self.routable(Role.DECODE), *self.routable(Role.PREFILL)]
         last = next((m for m in reversed(self.fetched) if m in shown and fetches(m)), None)
         if Tier.VAULT in member.load.tiers and last is not None:
             own = {view.tier: view for view in row.tiers}
             its = {view.tier: view for view in view_of(last, NOTHING).tiers}
             row = replace(row, tiers=tuple((own | {Tier.VAULT: its[Tier.VAULT]}).values()))
+        peer = member.load.peer
+        if peer is not None:
+            row = replace(row, peer=LinkCurve(peer.latency_s, peer.per_byte_s))
+        if member.replica.hardware == "cpu":
+            if fetches(last or member) < SHIFT_AFTER:
+                row = replace(row, tiers=tuple(map(as_kept, row.tiers)))
+            if peer is None or peer.samples < SHIFT_AFTER:
+                row = replace(row, peer=KEPT_PEER)
         behind = row.tiers
         if lossy:
             behind = tuple(

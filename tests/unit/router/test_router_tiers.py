@@ -11,7 +11,7 @@ from kv.curve import LinkCurve, PrefillCurve
 from kv.plan import UNHINTED, Hints, Plan, Reason, Shape, Source, Span
 from router.policy import least_loaded
 from router.policy.pair import LEAST_PATIENCE_S, Question, choose
-from router.snapshot import ReplicaView, Snapshot, TierView
+from router.snapshot import ReplicaView, Snapshot, TierView, Unnamed
 
 # 1,000 tokens take about 0.5 s to compute, 0.01 s to fetch from host memory, 0.1 s from disk.
 CURVE = PrefillCurve(0.02, 0.0005, 1e-8)
@@ -86,6 +86,19 @@ def test_a_fetch_is_late_by_its_prediction(
     assert plan.hints.deadline_s == pytest.approx(deadline_s)
 
 
+def test_a_vault_is_waited_for_no_longer_for_what_others_may_have_there() -> None:
+    """A fetch that is planned is late by its prediction, vault or not, and brings what is planned;
+    only where a replica does not know its own blocks it is asked for what comes next."""
+    disk = tiers(disk=1600, disk_curve=LinkCurve(0.0, 0.1 / (1600 * TOKEN_BYTES)))
+    known, own = (
+        plan_of(2000, [], [{"tiers": disk, "unnamed": each}]).hints
+        for each in (Unnamed.VAULT, Unnamed.OWN)
+    )
+    assert (known.reach_tokens, known.tiers) == (1600, (Tier.DISK,))
+    assert known.deadline_s == pytest.approx(0.2)
+    assert (own.reach_tokens, own.tiers) == (UNHINTED.reach_tokens, UNHINTED.tiers)
+
+
 def test_a_tier_that_is_slower_than_computing_is_not_used() -> None:
     """The part that host memory has is; and the engine may not load the rest."""
     slow = tiers(host=640, disk=1600, disk_curve=SLOW)
@@ -153,7 +166,9 @@ def test_prompt_logprobs_are_not_fetched() -> None:
 
 
 @pytest.mark.parametrize(
-    ("replica", "blind"), [({"unnamed": True}, False), ({}, True)], ids=["unnamed", "blind"]
+    ("replica", "blind"),
+    [({"unnamed": Unnamed.OWN}, False), ({"unnamed": Unnamed.VAULT}, False), ({}, True)],
+    ids=["unnamed", "a vault", "blind"],
 )
 def test_where_nobody_can_say_what_tiers_hold_they_are_asked(
     replica: dict[str, object], blind: bool
@@ -167,7 +182,7 @@ def test_where_nobody_can_say_what_tiers_hold_they_are_asked(
 def test_what_is_known_and_too_slow_is_not_asked_for() -> None:
     """Though the replica has other blocks that nobody can name."""
     tiers_ = tiers(disk=1600, disk_curve=SLOW)
-    plan = plan_of(2000, [], [{"tiers": tiers_, "unnamed": True}])
+    plan = plan_of(2000, [], [{"tiers": tiers_, "unnamed": Unnamed.OWN}])
     assert plan.hints == Hints()
 
 

@@ -84,6 +84,31 @@ async def test_its_metrics_show_who_waits_and_why_others_were_begun() -> None:
     assert value("running") == 0
 
 
+async def test_those_who_are_old_together_are_begun_one_by_one() -> None:
+    """Ten that came at once, and that have waited as long as they may: the next one is begun when
+    the one before has its first token, and people are in front of one of them, not of ten."""
+    two = Two()
+    two.of[Role.PREFILL].receive(Load(pending_prefills=9))
+    room = Room(two, BatchBounds(max_age_s=60.0), asyncio.get_running_loop().time)
+    begun = 0
+
+    async def hold(name: str) -> None:
+        nonlocal begun
+        async with room.turn(request(name)) as (_, place):
+            begun += 1
+            await asyncio.sleep(1.0)
+            place.answered()
+            await asyncio.sleep(5.0)
+
+    asked = [asyncio.create_task(hold(f"old-{number}")) for number in range(10)]
+    await asyncio.sleep(60.5)
+    assert begun == 1
+    await asyncio.sleep(4.0)
+    assert begun == 5
+    await asyncio.gather(*asked)
+    assert (begun, room.running) == (10, 0)
+
+
 async def test_people_are_neither_held_up_nor_counted_as_batch() -> None:
     """Whatever the load."""
     two = Two()

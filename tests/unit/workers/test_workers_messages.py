@@ -13,10 +13,12 @@ from workers.messages import (
     Abort,
     Blocks,
     Delta,
+    FetchLoad,
     Forget,
     Forgotten,
     Hello,
     Load,
+    LossyLoad,
     Release,
     Replica,
     Reply,
@@ -65,6 +67,9 @@ deltas = st.builds(
     error=st.none() | text,
     spent=st.none() | spent,
 )
+seen = st.lists(st.tuples(counts, seconds), max_size=3).map(tuple)
+lossy = st.builds(LossyLoad, seconds, seconds, counts, seen, seconds)
+tier_loads = st.builds(TierLoad, counts, counts, seconds, seconds, counts, st.none() | lossy, seen)
 totals = st.builds(Totals, **dict.fromkeys(["generated_tokens", "transfers"], counts))
 samples = st.lists(st.tuples(counts, counts, seconds), max_size=3).map(tuple)
 replicas = st.builds(
@@ -101,7 +106,8 @@ REPLIES = {
         totals,
         st.lists(text).map(tuple),
         st.booleans(),
-        st.dictionaries(tiers, st.builds(TierLoad, counts, counts, seconds, seconds)),
+        st.dictionaries(tiers, tier_loads),
+        peer=st.none() | st.builds(FetchLoad, seconds, seconds, counts, seen),
     ),
     Blocks: st.builds(Blocks, counts, binary, binary, st.booleans(), seconds, tiers),
     Forgotten: st.builds(Forgotten, text, counts, counts),

@@ -17,6 +17,7 @@ class Scheduler:
         self.matches: dict[str, int | None] = {}
         self.takes: dict[str, int] = {}
         self.old: set[str] = set()
+        self.requests = dict.fromkeys("abc")
         self.connector = SimpleNamespace(
             get_num_new_matched_tokens=lambda request, _: (self.matches[request.request_id], True),
             update_state_after_alloc=lambda request, blocks, tokens: None,
@@ -121,3 +122,29 @@ def test_requests_that_end_unheard_are_forgotten() -> None:
     for number in range(20_000):
         engine.watch.arrived(f"aborted-{number}", 0.0)
     assert len(engine.watch._times) <= 10_000
+
+
+def test_loads_that_overlap_are_beside_each_other() -> None:
+    """Each of them, also the one that was there first; not one that came when it was over, nor
+    one beside a request that was given up."""
+    engine = Scheduler()
+    for name in "abc":
+        engine.watch.arrived(name, 9.0)
+    for name in "ab":
+        engine.match(name, None)
+        engine.now_s += 1.0
+    engine.step(1.0, a=5, b=5)
+    sources = Sources(100, 5, 0, 0)
+    assert engine.watch.spent("a", sources).beside  # type: ignore[union-attr]
+    engine.match("c", None)
+    engine.step(1.0, c=5)
+    assert engine.watch.spent("b", sources).beside  # type: ignore[union-attr]
+    assert not engine.watch.spent("c", sources).beside  # type: ignore[union-attr]
+    engine = Scheduler()
+    for name in "ab":
+        engine.watch.arrived(name, 9.0)
+    engine.match("a", None)
+    del engine.requests["a"]
+    engine.match("b", None)
+    engine.step(1.0, b=5)
+    assert not engine.watch.spent("b", sources).beside  # type: ignore[union-attr]
