@@ -12,7 +12,7 @@ LOCK_ARGS ?= --torch-backend cpu
 export BREAKEVEN_CACHE := $(abspath $(CACHE))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev python serve test test-deploy tools chart check bench-start bench-serve bench-tiers bench-breakeven lock clean
+.PHONY: help setup setup-dev python serve test test-deep test-deploy tools chart check bench-start bench-serve bench-tiers bench-breakeven lock clean
 
 # $(call step,name,command): say what runs, and how long it took.
 step = @printf '==> %s\n' '$(1)'; s=$$(date +%s); $(2) && printf '    done in %s s\n' "$$(($$(date +%s) - s))"
@@ -35,8 +35,11 @@ python:
 serve: setup ## run the cluster; options: make serve ARGS="--prefill 1 --decode 2"
 	@exec $(BIN)/python -m cluster serve $(ARGS)
 
-test: setup-dev ## run every test that this machine can; options: make test ARGS="-k plan"
-	$(call step,tests,$(BIN)/python -m pytest -m "not gpu and not deploy" $(ARGS))
+test: tools ## run the tests that take seconds each, in under 25 minutes; options: make test ARGS="-k plan"
+	$(call step,tests,$(BIN)/python -m pytest -m "not gpu and not deep and not deploy" $(ARGS))
+
+test-deep: setup-dev ## run the others: every fault, kind of model and tier on clusters of their own
+	$(call step,deep tests,$(BIN)/python -m pytest -m "deep and not gpu" $(ARGS))
 
 test-deploy: tools ## run the tests of the chart, of Ray jobs and of monitoring
 	$(call step,deployment tests,$(BIN)/python -m pytest tests/deploy $(ARGS))
@@ -48,6 +51,7 @@ tools: setup-dev ## fetch Helm 3 and 4, Prometheus and what checks Kubernetes' r
 chart: tools ## write what is made from the chart: its schema of values, and k8s/
 	@$(BIN)/python scripts/chart.py schema
 	@$(BIN)/python scripts/chart.py manifests --helm "$(CACHE)/tools/helm3/helm"
+	@$(BIN)/python scripts/dashboards.py
 
 check: setup-dev ## format, lint, types, layers and unit tests, in under a minute
 	$(call step,format,$(BIN)/ruff format --check .)

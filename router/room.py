@@ -34,7 +34,8 @@ class Crowd:
     `computing` replicas compute prompts. `urgent_prompts` of people, and `batch_prompts`, have yet
     to get a first token. `streams`, of either class, are on decode replicas with `seats` in all,
     of which the emptiest has `kv_usage` of its paged KV in use. Of all their paged KV batch
-    requests hold a share of `batch_kv`, and the next one needs `next_kv`.
+    requests hold a share of `batch_kv`, and the next one needs `next_kv`. `old_prompts` were begun
+    by their age, and have yet to get a first token.
     """
 
     computing: int
@@ -45,6 +46,7 @@ class Crowd:
     kv_usage: float
     batch_kv: float = 0.0
     next_kv: float = 0.0
+    old_prompts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,11 @@ class Turn:
 
 def decide(crowd: Crowd, waited_s: float, bounds: BatchBounds) -> Turn:
     """For the batch request that has waited longest, `waited_s`."""
-    if waited_s >= bounds.max_age_s:
-        return Turn(True, Why.AGE)
     if not crowd.computing:
         return Turn(True, Why.NOBODY)
+    # Those that came together are old together, and all at once they would be a wall to people.
+    if waited_s >= bounds.max_age_s and crowd.old_prompts < crowd.computing:
+        return Turn(True, Why.AGE)
     idle = crowd.computing - crowd.urgent_prompts
     if idle < 1:
         return Turn(False, Why.PROMPTS)

@@ -58,9 +58,12 @@ class Place:
     _room: "Room"
     _stage: str | None = None
     waited_s: float = 0.0
+    # Begun by its age.
+    old: bool = False
 
-    def begin(self) -> None:
+    def begin(self, why: Why | None = None) -> None:
         """It gets a plan now."""
+        self.old = why is Why.AGE
         self._move("prompt")
 
     def answered(self) -> None:
@@ -100,6 +103,7 @@ class Room:
         self._counts: Counter[tuple[ServiceClass, str]] = Counter()
         # Prompt tokens of batch requests that were begun.
         self._tokens = 0
+        self._old_prompts = 0
         self._queue: deque[_Waiter] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -161,6 +165,7 @@ class Room:
             kv_usage=min((member.load.kv_usage for member in decode), default=0.0),
             batch_kv=max(held, self._tokens / capacity),
             next_kv=self._queue[0].place.tokens / capacity if self._queue else 0.0,
+            old_prompts=self._old_prompts,
         )
 
     def moved(self, place: Place, before: str | None, after: str | None) -> None:
@@ -170,6 +175,7 @@ class Room:
                 self._counts[place.service_class, stage] += change
                 if place.service_class is ServiceClass.BATCH:
                     self._tokens += change * place.tokens
+                self._old_prompts += change * (place.old and stage == "prompt")
         if before is not None and self._queue:
             asyncio.get_running_loop().call_soon(self._let_in)
 
@@ -213,7 +219,7 @@ class Room:
                 return
             waiter = self._queue.popleft()
             if not waiter.turn.done():  # else it was cancelled, and is about to leave
-                waiter.place.begin()
+                waiter.place.begin(turn.why)
                 waiter.turn.set_result(turn)
 
 

@@ -27,12 +27,13 @@ router: {{assumed_streams: 8, explore: 0}}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs real engines."""
+    """Everything here needs real engines, and minutes."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.engine)
             item.add_marker(pytest.mark.real_model)
+            item.add_marker(pytest.mark.deep)
 
 
 @pytest.fixture(scope="package")

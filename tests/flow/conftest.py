@@ -8,13 +8,25 @@ from openai import OpenAI
 
 from tests.flow.cluster_process import Cluster, running
 
+# One of each path that a request can take, and of what we lean on: these are part of `make test`.
+QUICK = frozenset(
+    {
+        *("test_http", "test_tokens", "test_disconnect", "test_failover", "test_batch"),
+        *("test_links", "test_split", "test_tiers", "test_vault_tier", "test_vault_cluster"),
+        *("test_vllm_contract", "test_tiers_contract", "test_link_contract"),
+        *("test_geometry_contract", "test_codec_layout"),
+    }
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs real engines."""
+    """Everything here needs real engines, and most of it minutes."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.engine)
+            if item.path.stem not in QUICK:
+                item.add_marker(pytest.mark.deep)
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,12 @@ def read_all(
     """
     before: Future[list[tuple[int, memoryview | None]]] | None = None
     for batch in batches:
-        session.move(READ, [(offset, places[index].extents) for index, offset in batch], end_s)
+        try:
+            session.move(READ, [(offset, places[index].extents) for index, offset in batch], end_s)
+        except VaultLostError:  # what came before is whole
+            if before is not None:
+                yield from before.result()
+            raise
         frames = [
             (index, session.staging[offset : offset + sizes[index]], places[index].checksum)
             for index, offset in batch

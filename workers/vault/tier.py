@@ -221,7 +221,7 @@ class VaultTier(SecondaryTierManager):
 
     def loads(self) -> Iterable[tuple[bool, int, float]]:
         """Of each load that ended since the last call: whether a lossy codec may have stored its
-        blocks, bytes of pages, and seconds."""
+        blocks, bytes of pages that came (where none did, that were asked for), and seconds."""
         loaded, self._loaded = self._loaded, []
         return loaded
 
@@ -234,8 +234,10 @@ class VaultTier(SecondaryTierManager):
             self._storing.pop(result.job_id, None)
             if job.is_promotion:
                 lossy = _keep(job.req_context).codec is not None
-                moved = result.transfer_bytes or 0, result.transfer_time or 0.0
-                self._loaded.append((lossy, *moved))
+                # That nothing came tells that all of it takes longer.
+                asked_bytes = len(job.keys) * self._block_size_bytes
+                n_bytes = result.transfer_bytes or asked_bytes
+                self._loaded.append((lossy, n_bytes, result.transfer_time or 0.0))
             else:
                 self._sent_bytes += result.transfer_bytes or 0
                 self._known.add(result.successful_keys or (), tag_of(job.req_context))
