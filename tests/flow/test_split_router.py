@@ -115,8 +115,12 @@ def split(prefill: Replica) -> Plan:
 
 
 def on_disk(folder: Path) -> int:
-    """Blocks that the disks below it hold."""
-    return sum(1 for _ in folder.rglob("*.kv"))
+    """Blocks that the disks below it hold, once no more come: some are of what introduces pairs."""
+    before, now = -1, 0
+    while now != before:
+        time.sleep(1.0)
+        before, now = now, sum(1 for _ in folder.rglob("*.kv"))
+    return now
 
 
 async def store(fleet: Fleet, name: str, plan: Plan) -> None:
