@@ -3,6 +3,7 @@ brings the packages, as the documentation says, and the checkout comes with the 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import yaml
 
 from tests.deploy.chart import ROOT
 from tests.flow.plain_engine import greedy
+from tests.waiting import await_that
 
 pytestmark = [pytest.mark.engine, pytest.mark.deploy]
 LOCK = "requirements/cpu.txt"
@@ -64,14 +66,18 @@ def ray(
     start = [python.with_name("ray"), "start", "--head", "--block", "--num-cpus=16"]
     start += ["--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1"]
     start += [f"--dashboard-port={dashboard}", "--object-store-memory=100000000"]
-    start += [f"--temp-dir=/tmp/bare-ray-{os.getpid()}"]
+    temp = Path(f"/tmp/bare-ray-{os.getpid()}")  # sockets' paths are short
+    start += [f"--temp-dir={temp}"]
     with (folder / "ray.log").open("w") as log:
         node = subprocess.Popen(start, env=env, stdout=log, stderr=log)
     try:
-        yield BareRay(python, f"http://127.0.0.1:{dashboard}", env)
+        made = BareRay(python, f"http://127.0.0.1:{dashboard}", env)
+        await_that(lambda: made.command("list").returncode == 0, "its dashboard answers", 60.0, 1.0)
+        yield made
     finally:
         node.terminate()
         node.wait(60)
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def test_a_job_brings_its_packages(
@@ -85,7 +91,7 @@ def test_a_job_brings_its_packages(
     config |= {"model": str(tiny_model), "ray": {"address": "auto"}}
     config["ingress"] |= {"port": port}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    brings = {"pip": LOCK, "env_vars": {"BREAKEVEN_CACHE": str(tmp_path)}}
+    brings = {"pip": LOCK, "env_vars": {"PIP_NO_DEPS": "1", "BREAKEVEN_CACHE": str(tmp_path)}}
     words = ("--working-dir", ".", "--submission-id", "bare", "--no-wait")
     serve = ("python", "-m", "cluster", "serve", "--config", str(tmp_path / "config.yaml"))
     done = ray.command("submit", *words, "--runtime-env-json", json.dumps(brings), "--", *serve)

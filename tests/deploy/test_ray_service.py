@@ -248,7 +248,9 @@ def test_a_second_cluster_is_refused_and_the_first_stays(
     end, what others rely on."""
     before = {name: row["pid"] for name, row in service.replicas().items()}
     nodes = service.nodes
-    config = nodes.configured({"ingress": {"port": 8007}}, service.model)
+    config = nodes.configured({}, service.model)
+    sections = {**yaml.safe_load(config.read_text()), "ingress": {"port": 8007}}
+    config.write_text(yaml.safe_dump(sections))
     words = [sys.executable, "-m", "cluster", "serve", "--config", str(config)]
     env = {**nodes.env, "PYTHONPATH": str(ROOT), "BREAKEVEN_CACHE": str(nodes.folder / "second")}
     done = nodes.near.run(words, env, timeout_s=120.0)
