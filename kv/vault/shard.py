@@ -169,7 +169,8 @@ class Shard:
         return owner in self._readings and self._held(key, owner)
 
     def lent(self, client: str, get: wire.Get, now_s: float) -> wire.Lent:
-        """Where the leading blocks lie, as many as are in memory and held."""
+        """Where the leading blocks lie, as many as are in memory and held. A reader that is lent
+        none has nothing to be done with, and says no Done."""
         self.advance(now_s)
         owner = (client, get.number)
         reading = self._readings.get(owner)
@@ -179,6 +180,8 @@ class Shard:
                 break
             reading.slots.append(slot)
         slots = reading.slots if reading is not None else []
+        if not slots:
+            self._end_reading(owner, now_s)
         places = [wire.Place(trimmed(s.extents, s.n_bytes), s.checksum) for s in slots]
         return wire.Lent(get.number, tuple(places), self._lease_s(get))
 

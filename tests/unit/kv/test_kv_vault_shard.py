@@ -216,7 +216,10 @@ class ShardAgainstCarelessClients(RuleBasedStateMachine):
         for key, (checksum, frame) in zip(keys, lent, strict=False):
             assert frame == self.truth[key]
             assert checksum == told_checksum(frame)
-        reading = self.world.shard._readings[client, number]
+        reading = self.world.shard._readings.get((client, number))
+        assert bool(lent) == (reading is not None)
+        if reading is None:
+            return
         held = [(slot.extents, self.world.read(slot.extents)) for slot in reading.slots]
         self.lent.append((client, number, self.world.now_s + lease_s, held))
 
@@ -459,6 +462,22 @@ def test_a_block_that_the_disk_lost_is_a_miss() -> None:
     del world.disk[b"a"]
     assert not world.has(b"a")
     assert world.has(b"b")
+
+
+@pytest.mark.parametrize("why", ["unknown", "being written", "lost by the disk"])
+def test_who_is_lent_nothing_holds_nothing(why: str) -> None:
+    """No lease is left to its time: a client says that it is done only with what it was lent."""
+    world = World(n_pages=2, extent_pages=32)
+    if why == "being written":
+        world.put("c0", {b"a": FRAME})
+    elif why == "lost by the disk":
+        for key in (b"a", b"b", b"c"):
+            world.store("c0", {key: FRAME})
+        del world.disk[b"a"]
+    _, lent = world.lend("reader", [b"a", b"b"])
+    assert not lent
+    assert world.shard.stats(0).leases == 0
+    assert not world.shard.holds("reader")
 
 
 def test_a_full_disk_refuses() -> None:
