@@ -148,6 +148,7 @@ def _ingress(
         max_body_bytes=section.max_body_bytes,
         assumed_streams=config.router.assumed_streams,
         compute_price=config.router.compute_price,
+        moving_price=config.router.moving_price,
         policy=config.router.policy,
         shadow=config.router.shadow,
         batch=config.router.batch,

@@ -93,6 +93,7 @@ class RouterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     shadow: Policy | None = None
     assumed_streams: Annotated[float, Meta(ge=0)] = 0.5
     compute_price: Annotated[float, Meta(ge=0)] = 0.1
+    moving_price: Annotated[float, Meta(ge=0)] = 0.0
     session_slack: Annotated[float, Meta(ge=0)] = 0.1
     fetch_tokens: Positive = 512
     overrun: Annotated[float, Meta(ge=1)] = 2.0

@@ -4,7 +4,8 @@ Both sides work at once, so what counts is the slower one. Seconds until the fir
 are a parabola in m that rises, seconds until the rest is in a line that falls; what the compute of
 the head is charged for on top is a parabola too. The sum of the greater of the two and that charge
 is convex in m: its least value on block boundaries lies beside its least value of all, which is
-where both sides take as long, or sooner, where the charge outgrows what fetching less would save.
+where both sides take as long; or sooner, where the charge outgrows what fetching less would save;
+or later, where it is less than that for what is fetched instead.
 """
 
 from typing import NamedTuple
@@ -22,9 +23,9 @@ class Sides(NamedTuple):
     """What a split at m tokens costs; arrays of shapes that broadcast.
 
     The head is in after `head_s + head_per_token_s * m + head_per_token2_s * m^2` seconds, the tail
-    after `tail_s - tail_per_token_s * m`. Computing the head is charged another
-    `price_per_token_s * m + price_per_token2_s * m^2`. No coefficient but `head_s` and `tail_s` is
-    below 0.
+    after `tail_s - tail_per_token_s * m`. A head that is longer by m is charged another
+    `price_per_token_s * m + price_per_token2_s * m^2`, less what is charged for fetching those. No
+    coefficient but `head_s`, `tail_s` and `price_per_token_s` is below 0.
     """
 
     head_s: Floats
@@ -54,6 +55,8 @@ def best_split(sides: Sides, low: Floats, high: Floats, block_tokens: int) -> Fl
     """The split of the least cost among block boundaries from `low` to `high`, which are some; the
     earlier of two that cost the same. It means nothing where `high` is below `low`."""
     meets = np.minimum(_meets(sides), _turns(sides))
+    if (sides.price_per_token_s < 0.0).any():
+        meets = np.maximum(meets, _returns(sides))
     # Below the first boundary the first is the best; the last likewise.
     meets = np.minimum(np.maximum(meets, low), high)
     before = np.floor(meets / block_tokens) * block_tokens
@@ -75,3 +78,12 @@ def _turns(sides: Sides) -> Floats:
     gain = sides.tail_per_token_s - sides.price_per_token_s
     turns: Floats = gain / np.maximum(2.0 * sides.price_per_token2_s, _FLAT)
     return turns
+
+
+def _returns(sides: Sides) -> Floats:
+    """Where one token more costs the head's side what it saves in charges; below 0 where it never
+    saves any."""
+    saved = -(sides.head_per_token_s + sides.price_per_token_s)
+    bends = sides.head_per_token2_s + sides.price_per_token2_s
+    returns: Floats = saved / np.maximum(2.0 * bends, _FLAT)
+    return returns

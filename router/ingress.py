@@ -116,6 +116,7 @@ class Ingress:
         prices = Prices(
             settings.assumed_streams,
             settings.compute_price,
+            settings.moving_price,
             settings.session_slack,
             settings.fetch_tokens,
             settings.overrun,

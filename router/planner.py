@@ -25,6 +25,7 @@ class Prices:
 
     assumed_streams: float = 0.5
     compute_price: float = 0.1
+    moving_price: float = 0.0
     session_slack: float = 0.1
     fetch_tokens: int = 512
     overrun: float = 2.0
@@ -83,6 +84,7 @@ class Planner:
             assumed_streams=self._prices.assumed_streams,
             local_only=request.local_only,
             compute_price=self._prices.compute_price,
+            moving_price=self._prices.moving_price,
             affinity=affinity(request.context.tenant, request.context.cache_key),
             session_slack=self._prices.session_slack,
             ticket=next(self._tickets),

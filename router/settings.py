@@ -43,6 +43,7 @@ class IngressSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 10_000_000
     assumed_streams: float = 0.5
     compute_price: float = 0.1
+    moving_price: float = 0.0
     session_slack: float = 0.1
     fetch_tokens: int = 512
     overrun: float = 2.0

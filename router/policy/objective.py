@@ -55,4 +55,6 @@ BATCH = Objective(0.05, 1.0, 0.1)
 
 def objective(question: Question) -> Objective:
     """The prices of a request's class."""
-    return BATCH if question.yields else Objective(1.0, question.compute_price, 0.0)
+    if question.yields:
+        return BATCH
+    return Objective(1.0, question.compute_price, question.moving_price)

@@ -229,7 +229,7 @@ def _price(question: Question, slack: float = 0.0) -> _Prices:
         remote_s += spent_s[n_decode:] + loads[QUEUE_S, n_decode:]
         if pushed_s is not None:
             remote_s += pushed_s[:n_decode, None]  # what P computes comes to D, too
-    if taken is not None and question.yields:
+    if taken is not None and prices.transfer != 1.0:
         taken = taken._replace(seconds=taken.seconds / prices.transfer)
     return _Prices(told, cost_s, hit_tokens, compute_s, lacked_bytes, taken)
 

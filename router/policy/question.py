@@ -12,7 +12,8 @@ class Question:
 
     `assumed_streams` is how many streams are taken to run on a decode replica that is idle now:
     they are whom a prefill there would stall if they came while it lasts. `compute_price` is how
-    many seconds of waiting a second of computing is worth. `affinity` names the session that the
+    many seconds of waiting a second of computing is worth, `moving_price` a second in which blocks
+    are moved. `affinity` names the session that the
     request belongs to; its turns keep to one decode replica among plans that cost no more than
     the best and a ratio of `session_slack`. `ticket` grows by one from question to question.
     `fetch_tokens` is the constant of the policy `threshold`. A fetch that takes `overrun` times as
@@ -29,6 +30,7 @@ class Question:
     assumed_streams: float
     local_only: bool = False
     compute_price: float = 0.1
+    moving_price: float = 0.0
     affinity: bytes | None = None
     session_slack: float = 0.1
     ticket: int = 0

@@ -89,7 +89,8 @@ class _Ends(NamedTuple):
 class _Heads(NamedTuple):
     """A head up to token m on each of some prefill replicas: it begins behind `has_tokens`, takes
     `begin_s + per_token_s * m + per_token2_s * m^2` seconds there, and displaces
-    `pushed_per_token_s * m`; what that is too much is in `charged_s`."""
+    `pushed_per_token_s * m`; what that is too much, and what is moved there, is in
+    `charged_s`."""
 
     has_tokens: Floats
     begin_s: Floats
@@ -242,7 +243,9 @@ def _heads(
         loads[PER_TOKEN_S],
         loads[PER_TOKEN2_S],
         pushed_per_token_s,
-        question.compute_price * computing_s - pushed_per_token_s * hit_tokens,
+        question.compute_price * computing_s
+        - pushed_per_token_s * hit_tokens
+        + question.moving_price * own_s,
     )
 
 
@@ -303,6 +306,8 @@ def _priced(
     weight = 1.0 + price + np.maximum(of_d[RUNNING], question.assumed_streams)
     beside_s = weight * rest_s + of_d[OWN_S] - of_d[QUEUE_S]
     beside_s += ends.pushed_s[ends.decode]
+    if question.moving_price:
+        beside_s += question.moving_price * _moved_s(question, of_d, tiers, ends, place, reach)
     cost_s = sides.cost(at) + beside_s[:, None] + heads.charged_s
     cost_s[(low > high) | (reach - has_d > ends.room_tokens)[:, None]] = np.inf
     return _Priced(sides, at, cost_s, reach, rest_s)
@@ -323,15 +328,35 @@ def _sides(
     tier_s = (tiers.per_byte_s[place, d] * token_bytes)[:, None]
     handoff_s = of_d[PEER_LATENCY_S] - peer_s * ends.has_tokens[d]
     tail_s = of_d[QUEUE_S] + tiers.latency_s[place, d]
+    price_per_token_s = price * heads.per_token_s + heads.pushed_per_token_s
+    if question.moving_price:
+        # A token more of the head comes over the peer's link rather than out of the tier.
+        price_per_token_s = price_per_token_s + question.moving_price * (peer_s[:, None] - tier_s)
     return Sides(
         head_s=heads.begin_s + handoff_s[:, None],
         head_per_token_s=heads.per_token_s + peer_s[:, None],
         head_per_token2_s=heads.per_token2_s,
         tail_s=tail_s[:, None] + tier_s * reach[:, None],
         tail_per_token_s=tier_s,
-        price_per_token_s=price * heads.per_token_s + heads.pushed_per_token_s,
+        price_per_token_s=price_per_token_s,
         price_per_token2_s=price * heads.per_token2_s,
     )
+
+
+def _moved_s(
+    question: Question,
+    of_d: Floats,
+    tiers: TierColumns,
+    ends: _Ends,
+    place: int,
+    reach: Floats,
+) -> Floats:
+    """Seconds in which blocks move to each decode replica, whose split were at token 0."""
+    d, token_bytes = ends.decode, question.snapshot.kv_bytes_per_token
+    tail_s = tiers.latency_s[place, d] + tiers.per_byte_s[place, d] * token_bytes * reach
+    head_s = of_d[PEER_LATENCY_S] - of_d[PEER_PER_BYTE_S] * token_bytes * ends.has_tokens[d]
+    moved_s: Floats = tail_s + head_s + ends.own_s[d]
+    return moved_s
 
 
 def _compute_s(loads: Floats, end: "int | float | Floats", behind: Floats) -> Floats:

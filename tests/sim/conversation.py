@@ -47,11 +47,12 @@ def arrivals(count: int, times_faster: float, most_blocks: int) -> list[Arrival]
         ]
 
 
-def costs(host_blocks: int) -> SimCosts:
-    """Of an 8B model on one GPU; 10 GB/s between replicas, 20 GB/s to a host tier."""
+def costs(host_blocks: int, **more: Any) -> SimCosts:
+    """Of an 8B model on one GPU; 10 GB/s between replicas, 20 GB/s to a host tier; `more` of what
+    else a `SimCosts` says."""
     prefill = PrefillCurve(0.01, GPU_8B.per_token_s * SCALE, GPU_8B.per_token2_s * SCALE * SCALE)
     link, host = LinkCurve(0.005, 1e-10), LinkCurve(0.002, 5e-11)
-    return SimCosts(prefill=prefill, link=link, host=host, host_blocks=host_blocks)
+    return SimCosts(prefill=prefill, link=link, host=host, host_blocks=host_blocks, **more)
 
 
 def endless_hits(came: Sequence[Arrival]) -> float:

@@ -10,7 +10,8 @@ from kv.split import Sides, best_split
 SECONDS = st.floats(-5.0, 20.0)
 RATE = st.floats(0.0, 0.01)
 CURVATURE = st.floats(0.0, 1e-5)
-SIDES = st.tuples(SECONDS, RATE, CURVATURE, SECONDS, RATE, RATE, CURVATURE)
+PRICE = RATE | st.floats(-0.02, 0.01)
+SIDES = st.tuples(SECONDS, RATE, CURVATURE, SECONDS, RATE, PRICE, CURVATURE)
 
 
 def sides(*terms: float) -> Sides:
@@ -52,6 +53,14 @@ def test_compute_that_is_charged_for_is_used_less() -> None:
     free = (0.0, 1e-3, 0.0, 2.048, 1e-3)
     assert split(sides(*free, 0.0, 1e-6), 32, 2016, 32) == 512
     assert split(sides(*free, 2e-3, 0.0), 32, 2016, 32) == 32
+
+
+def test_fetching_that_is_charged_for_is_used_less() -> None:
+    """The head is computed on where that costs less than what fetching is charged for."""
+    free = (0.0, 1e-3, 0.0, 2.048, 1e-3)
+    assert split(sides(*free, -1e-3, 0.0), 32, 2016, 32) == 1024
+    assert split(sides(*free, -2e-3, 0.0), 32, 2016, 32) == 2016
+    assert split(sides(0.0, 0.0, 1e-6, 1.0, 1e-3, -3e-3, 0.0), 32, 2016, 32) == 1504
 
 
 @pytest.mark.parametrize("terms", [(0.0,) * 7, (1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0)])

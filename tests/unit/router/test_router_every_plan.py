@@ -126,6 +126,7 @@ def cost(made: Question, plan: Every) -> Cost:
         assert p is not None
         return split_cost(made, p, d, spans)
     n, by, price = made.prompt_tokens, p or d, made.compute_price
+    moving = made.moving_price
     fetches = (span for span in spans if span.source is Source.FETCH)
     fetch_s = sum(curve_of(by, each.tier).seconds(tokens(each) * TOKEN_BYTES) for each in fetches)
     last = spans[-1]
@@ -133,10 +134,13 @@ def cost(made: Question, plan: Every) -> Cost:
     ttft_s = by.queue_s + fetch_s + compute_s
     if p is None:
         stalled_s = max(d.running, made.assumed_streams) * compute_s
-        return Cost(ttft_s + stalled_s + price * compute_s + d.crowding_s, ttft_s)
+        charged_s = price * compute_s + moving * fetch_s
+        return Cost(ttft_s + stalled_s + charged_s + d.crowding_s, ttft_s)
     lacked_bytes = (n - min(d.hit_tokens, n - 1)) * TOKEN_BYTES
-    ttft_s += made.snapshot.links[p.name, d.name].seconds(lacked_bytes) + d.waiting * d.step_s
-    return Cost(ttft_s + price * compute_s + d.crowding_s, ttft_s)
+    handoff_s = made.snapshot.links[p.name, d.name].seconds(lacked_bytes)
+    ttft_s += handoff_s + d.waiting * d.step_s
+    charged_s = price * compute_s + moving * (fetch_s + handoff_s)
+    return Cost(ttft_s + charged_s + d.crowding_s, ttft_s)
 
 
 def split_cost(made: Question, p: ReplicaView, d: ReplicaView, spans: Spans) -> Cost:
@@ -145,12 +149,16 @@ def split_cost(made: Question, p: ReplicaView, d: ReplicaView, spans: Spans) -> 
     *_, head, tail, rest = spans
     compute_s = p.curve.seconds(tokens(head), head.start_token)
     moved = head.end_token - own(d, n)
-    head_s = p.queue_s + own_s(p, n) + compute_s + PEER.seconds(moved * TOKEN_BYTES)
-    tail_s = d.queue_s + curve_of(d, tail.tier).seconds(tokens(tail) * TOKEN_BYTES)
+    handoff_s = PEER.seconds(moved * TOKEN_BYTES)
+    fetch_s = curve_of(d, tail.tier).seconds(tokens(tail) * TOKEN_BYTES)
+    moving_s = handoff_s + fetch_s + own_s(p, n) + own_s(d, n)
+    head_s = p.queue_s + own_s(p, n) + compute_s + handoff_s
+    tail_s = d.queue_s + fetch_s
     rest_s = own_s(d, n) + d.curve.seconds(tokens(rest), rest.start_token)
     ttft_s = max(head_s, tail_s) + rest_s
     stalled_s = (price + max(d.running, made.assumed_streams)) * rest_s
-    return Cost(ttft_s + stalled_s + price * compute_s + d.crowding_s, ttft_s)
+    charged_s = price * compute_s + made.moving_price * moving_s
+    return Cost(ttft_s + stalled_s + charged_s + d.crowding_s, ttft_s)
 
 
 def as_one(made: Question, plan: Plan) -> Every:
@@ -189,6 +197,8 @@ def replicas(draw: st.DrawFn) -> dict[str, object]:
 
 POOLS = st.lists(replicas(), min_size=1, max_size=2)
 SOME_POOLS = st.lists(replicas(), max_size=2)
+# Links that cost more than waiting for them turn what is best at a split round.
+PRICES = st.just(0.0) | st.floats(0.0, 0.5) | st.floats(0.0, 5.0)
 ROOMS = st.sampled_from([0, 4 * BLOCK, MOST * BLOCK])
 # One in three of these is split: fetching is about as fast as computing.
 EVEN = st.builds(LinkCurve, st.floats(0.0, 0.02), st.floats(1.5e-8, 3e-8))
@@ -207,7 +217,8 @@ def questions(draw: st.DrawFn) -> Question:
     else:
         prefill = [{"curve": draw(CURVES)}, *draw(OTHERS)]
         decode, room = [draw(HOLDERS), *draw(OTHERS)], MOST * BLOCK
-    made = asked(draw(PROMPTS), prefill, decode, room, compute_price=draw(st.floats(0.0, 0.5)))
+    prices = {name: draw(PRICES) for name in ("compute_price", "moving_price")}
+    made = asked(draw(PROMPTS), prefill, decode, room, **prices)
     links = {pair: draw(LINKS) for pair in made.snapshot.links}
     return replace(made, snapshot=replace(made.snapshot, links=links))
 
