@@ -76,6 +76,8 @@ class IngressReplica:
             asyncio.create_task(endpoint.serve()),
             asyncio.create_task(_tell(cluster, Target([endpoint.address], {"ingress": name}))),
         ]
+        for task in self._told:  # who serves goes on without it
+            task.add_done_callback(_untold)
 
     async def check_health(self) -> None:
         """Serve's probe; raises once the server has ended."""
@@ -92,12 +94,13 @@ class IngressReplica:
         if not hasattr(self, "_told"):  # the constructor failed
             return
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        # Until its last request has ended it can be scraped.
-        for task in self._told:
-            task.cancel()
-        await asyncio.gather(*self._told, return_exceptions=True)
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        finally:  # until its last request has ended it can be scraped
+            for task in self._told:
+                task.cancel()
+            await asyncio.gather(*self._told, return_exceptions=True)
 
 
 async def _tell(cluster: str, target: Target) -> None:
@@ -111,6 +114,12 @@ def _ended(task: "asyncio.Task[None]") -> None:
     """Say why an ingress ended, with where: Serve only ever says that it did."""
     if not task.cancelled():
         logger.error("the ingress ended", exc_info=task.exception())
+
+
+def _untold(task: "asyncio.Task[None]") -> None:
+    """Say that nobody can scrape an ingress any more, or find out where."""
+    if not task.cancelled():
+        logger.error("metrics of this ingress are not served", exc_info=task.exception())
 
 
 class CatalogueReplica:

@@ -125,7 +125,7 @@ def _planned(entry: Entry) -> Iterator[str]:
     for span in plan.spans:
         at = f"{span.replica}, from {span.tier}" if span.tier else span.replica
         at = f"{at} by {span.codec}" if span.codec else at
-        tokens = f"{span.end_token - span.start_token:,}"
+        tokens = f"{span.tokens:,}"
         yield f"  {span.source:<8}{tokens:>8} tokens  {at}"
 
 

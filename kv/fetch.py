@@ -19,7 +19,8 @@ GUESSES: Mapping[Tier, LinkCurve] = {
     Tier.PEER: LinkCurve(0.02, 1e-9),
     Tier.VAULT: LinkCurve(0.02, 2e-9),
 }
-_TYPICAL_BYTES = 16 * 2**20
+# Of a prompt's blocks, by which curves of tiers are compared.
+TYPICAL_BYTES = 16 * 2**20
 # Fetches that are told one by one, to be shown.
 _SHOWN = 16
 
@@ -30,7 +31,7 @@ class FetchCost:
     """The curve of one tier. Times are seconds of any one clock; `retry_s` is `kv.live`'s."""
 
     def __init__(self, guess: LinkCurve, retry_s: float | None = RETRY_S) -> None:
-        self._live = LiveLink(guess, _TYPICAL_BYTES, retry_s)
+        self._live = LiveLink(guess, TYPICAL_BYTES, retry_s)
         # What was told last, and by what: it is asked for at each step of an engine.
         self._seen: Seen = ()
         self._seen_at = (0, 0.0)

@@ -179,11 +179,12 @@ class Columns(NamedTuple):
 
     Its rows are the prefill curve's three coefficients; seconds until what is queued is computed;
     seconds until those that wait run; what a handoff to it costs beside its link; what a local
-    prefill costs beside its compute; how many streams run; 1 where tiers hold what nobody was told
-    of; how many requests it has that give way; and the two coefficients of what blocks cost it that
-    another replica lends. `hit_tokens` is float64 a replica. `tiers` is
-    None where none holds more than the paged KV does, `displaced` where nothing is known to be
-    missed once it is pushed out, `lending` where whoever made these left it to be found out.
+    prefill costs beside its compute; how many streams run; whose blocks there may be that nobody
+    was told of (`router.snapshot.Unnamed`); how many requests it has that give way; and the two
+    coefficients of what blocks cost it that another replica lends. `hit_tokens` is float64 a
+    replica. `tiers` is None where none holds more than the paged KV does, `displaced` where nothing
+    is known to be missed once it is pushed out, `lending` where whoever made these left it to be
+    found out.
     """
 
     names: tuple[str, ...]

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import msgspec
@@ -11,19 +11,21 @@ import msgspec
 from kv.block import pack_tokens
 from kv.catalogue import Tier
 from kv.live import RETRY_S
-from kv.plan import Span
+from kv.parts import Action
+from kv.plan import Plan
 from router.catalogue.holdings import Expectations, deepest
 from router.catalogue.wire import Expect, Found, Line
 from router.curve_book import Book
 from router.member import Member
 from router.pools import Pools
 from router.refit import Refit
+from router.retired import Counts, Retired
 from router.roster import Directory, Roster
 from router.snapshot import Snapshot
 from router.speed import Speeds
 from router.tier_curves import peer_of, worth_keeping
 from router.warm import Pairs
-from workers.messages import Blocks, FetchLoad, Link, Load, Replica, Role, Submit, TierLoad, Totals
+from workers.messages import Blocks, FetchLoad, Link, Load, Replica, Role, Submit, TierLoad
 
 _NOTHING_KEPT = Book()
 _WARM_EVERY_S = 0.25
@@ -50,8 +52,7 @@ class Fleet:
         self._expects_prefill, self._body = expects_prefill, warm_body
         self.roster = Roster(directory, self, now)
         self.pairs = Pairs(warm_body, rng, book.links, retry_s)
-        # Lanes and totals of replicas that left, by epoch: one that only hung comes back with its.
-        self._retired: dict[str, tuple[tuple[str, ...], Totals]] = {}
+        self._retired = Retired()
         self._expected = Expectations()
         # What is known of tiers by those that left, and by earlier clusters.
         self._tiers_kept = dict(book.tiers)
@@ -95,9 +96,9 @@ class Fleet:
             await asyncio.sleep(_LOOK_EVERY_S)
         return bool(self.up(role))
 
-    def retired(self) -> Sequence[tuple[tuple[str, ...], Totals]]:
+    def retired(self) -> Sequence[Counts]:
         """Lanes and totals of replicas that left."""
-        return tuple(self._retired.values())
+        return self._retired.all()
 
     def cached_blocks(self, member: Member) -> int:
         """Blocks that a replica's paged KV holds, by the catalogue's last beat."""
@@ -175,23 +176,32 @@ class Fleet:
             self.line.met(expect.name)
 
     @contextmanager
-    def fetching(self, replica: str, spans: Iterable[Span]) -> Iterator[None]:
-        """Count what a plan has a replica fetch as under way, until the block ends: what it fetches
-        from there next comes behind that. Other ingresses know nothing of it."""
+    def fetching(self, replica: str, plan: Plan) -> Iterator[None]:
+        """Count what a plan has a replica fetch as under way, for as long as that is predicted to
+        take and until the block ends at most: what it fetches from there next comes behind that.
+        Other ingresses know nothing of it."""
         member = self.member(replica)
-        fetched = [(span.tier, span.tokens) for span in spans if span.replica == replica]
-        if member is None or not any(tier for tier, _ in fetched):
+        if member is None or not (under_way := _fetched(replica, plan, member.replica)):
             yield
             return
-        token_bytes = member.replica.kv_bytes_per_token
-        under_way = Counter({tier: n * token_bytes for tier, n in fetched if tier is not None})
         member.fetching += under_way
         self._pools.touch(member)
+
+        def ended() -> None:
+            member.fetching -= under_way
+            under_way.clear()
+            self._pools.touch(member)
+
+        # What it computes behind them does not keep the tier busy.
+        fetches = (part for part in plan.parts if part.action is Action.FETCH)
+        end_s = max((part.end_s for part in fetches if part.replica == replica), default=None)
+        timer = None if end_s is None else asyncio.get_running_loop().call_later(end_s, ended)
         try:
             yield
         finally:
-            member.fetching -= under_way
-            self._pools.touch(member)
+            if timer is not None:
+                timer.cancel()
+            ended()
 
     # ------------------------------------------------------------------ the roster's keeper
 
@@ -213,9 +223,8 @@ class Fleet:
             probe=self._probe,
             on_change=self._pools.touch,
         )
-        if (left := self._retired.pop(replica.epoch, None)) is not None:
-            lanes, totals = left
-            member.load = Load(lanes=lanes, totals=totals)
+        if (left := self._retired.back(replica.epoch)) is not None:
+            member.load = Load(lanes=left.lanes, totals=left.totals)
         return member
 
     def lost(self, member: Member) -> None:
@@ -227,12 +236,19 @@ class Fleet:
         self.speeds.forget(member.replica)
         self._tiers_kept |= worth_keeping([member])
         self._pools.touch(member)
-        self._retired[member.replica.epoch] = (member.load.lanes, member.load.totals)
+        self._retired.left(member.replica.epoch, Counts(member.load.lanes, member.load.totals))
 
     def _probe(self) -> Submit:
         """A request for one token, which shows that an engine steps."""
         name = f"probe.{self._random.getrandbits(64):016x}"
         return Submit(name, Role.DECODE, pack_tokens([1, 1]), self._body)
+
+
+def _fetched(name: str, plan: Plan, replica: Replica) -> Counter[Tier]:
+    """Bytes that a plan has it fetch, by tier."""
+    spans = (span for span in plan.spans if span.replica == name)
+    token_bytes = replica.kv_bytes_per_token
+    return Counter({span.tier: span.tokens * token_bytes for span in spans if span.tier})
 
 
 def _no_blocks(_: Member, __: Blocks) -> None:

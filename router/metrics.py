@@ -15,8 +15,8 @@ from router.fleet import Fleet
 from router.member import Member, tier_bytes
 from router.orders import Order
 from router.policy import Policy
+from router.retired import Counts
 from router.shadow import Outcome, Shadow
-from workers.messages import Totals
 
 logger = logging.getLogger(__name__)
 
@@ -154,9 +154,10 @@ class FleetMetrics(Collector):
         block_bytes = replica.block_tokens * replica.kv_bytes_per_token
         return self._fleet.cached_blocks(member) * block_bytes
 
-    def _counted(self) -> list[tuple[tuple[str, ...], Totals]]:
+    def _counted(self) -> list[Counts]:
         """Totals of every engine there ever was: sums of counters must not fall."""
-        now = [(member.load.lanes, member.load.totals) for member in self._fleet.members()]
+        loads = (member.load for member in self._fleet.members())
+        now = [Counts(load.lanes, load.totals) for load in loads]
         return [*self._fleet.retired(), *now]
 
     def _tokens(self) -> Metric:

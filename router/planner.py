@@ -57,7 +57,8 @@ class Planner:
 
         Raises `NoReplicaError`.
         """
-        asked, exploration = request.settled(), self._exploration(avoid)
+        yields = request.patience_s(self._fleet.now()) is not None
+        asked, exploration = request.settled(), self._exploration(avoid, yields)
         choice = await self._choice(asked, avoid, exploration)
         # Baselines and the kill switch do not weigh one against the other.
         if request.exact is not None and choice.order.policy is Policy.BREAKEVEN:
@@ -100,11 +101,14 @@ class Planner:
         plan = CHOOSE[order.policy](question)
         plan = plan if codec is None else plan.coded(codec)
         footprint = Footprint(keys, block_tokens, question.snapshot.kv_bytes_per_token)
-        return Choice(question, order, plan, footprint)
+        return Choice(question, order, plan, footprint, codec)
 
-    def _exploration(self, avoid: Collection[str]) -> Exploration | None:
-        """A request that a replica has failed already is not experimented with."""
-        return None if self._explorer is None or avoid else self._explorer.exploration()
+    def _exploration(self, avoid: Collection[str], yields: bool) -> Exploration | None:
+        """A request that a replica has failed already is not experimented with; one that gives way
+        would show nothing of a curve."""
+        if self._explorer is None or avoid or yields:
+            return None
+        return self._explorer.exploration()
 
     def keys(self, request: Request) -> list[bytes]:
         """Names of the blocks that may be reused: without the last token, which engines always

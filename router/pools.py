@@ -58,8 +58,9 @@ class Pools:
         self._epochs: tuple[str, ...] = ()
         self._places: dict[str, int] = {}
         self._nodes: dict[str, list[Member]] = {}
-        # By name: how many fetches from the vault it told of, and which of all changes that was.
-        self._fetched: dict[str, tuple[Member, int, int]] = {}
+        # By name, and whether of lossy blocks: how many fetches from the vault it told of, and
+        # which of all changes that was.
+        self._fetched: dict[tuple[str, bool], tuple[Member, int, int]] = {}
         self._fetches_seen = 0
         self._n_decode = 0
         self._block_tokens, self._kv_bytes_per_token = 1, 0
@@ -200,30 +201,39 @@ class Pools:
         return self._known_tiers(member)
 
     def _known_tiers(self, member: Member) -> Mapping[Tier, TierLoad]:
-        known, tiers = self._last_to_fetch(member.replica.node), member.load.tiers
-        if known is not None and known is not member:
-            tiers = _as_known(member, known)
+        tiers, node = member.load.tiers, member.replica.node
+        if Tier.VAULT in tiers:
+            exact, lossy = (self._last_to_fetch(node, of_lossy) for of_lossy in (False, True))
+            told = _as_known(tiers[Tier.VAULT], exact, lossy)
+            if told is not tiers[Tier.VAULT]:
+                tiers = {**tiers, Tier.VAULT: told}
         return tiers_of(member.replica, tiers, self.kept)
 
     def _has_fetched(self, member: Member) -> bool:
         """Whether it tells of other fetches from the vault than it did before."""
-        last, fetches = self._fetched.get(member.name), _fetches(member)
+        told = [self._tells(member, of_lossy) for of_lossy in (False, True)]
+        return any(told)
+
+    def _tells(self, member: Member, of_lossy: bool) -> bool:
+        at = member.name, of_lossy
+        last, fetches = self._fetched.get(at), _fetches(member, of_lossy)
         if last is not None and last[0] is member and last[1] == fetches:
             return False
         self._fetches_seen += 1
-        self._fetched[member.name] = member, fetches, self._fetches_seen
+        self._fetched[at] = member, fetches, self._fetches_seen
         return True
 
-    def _last_to_fetch(self, node: str) -> Member | None:
+    def _last_to_fetch(self, node: str, of_lossy: bool) -> Member | None:
         """A vault is as far from all replicas of a node, so the last one that used it knows best
         how far that is: were each to go by its own fetches, each would have to find out for itself
         that a link has become slow."""
-        there = (member for member in self._nodes.get(node, ()) if _fetches(member))
-        return max(there, key=lambda member: self._fetched[member.name][2], default=None)
+        there = (member for member in self._nodes.get(node, ()) if _fetches(member, of_lossy))
+        order = self._fetched
+        return max(there, key=lambda member: order[member.name, of_lossy][2], default=None)
 
     def _rebuild(self) -> None:
         self._moved, self._beat = False, None
-        self._fetched = {name: at for name, at in self._fetched.items() if name in self._members}
+        self._fetched = {at: told for at, told in self._fetched.items() if at[0] in self._members}
         decode, prefill = self._pool(Role.DECODE), self._pool(Role.PREFILL)
         if not decode:  # those that finish up still answer, until their successors are known
             decode = self._pool(Role.DECODE, draining=True)
@@ -314,20 +324,24 @@ def _unnamed(told: Mapping[Tier, TierLoad]) -> Unnamed:
     return Unnamed.VAULT if Tier.VAULT in told else Unnamed.NONE
 
 
-def _fetches(member: Member) -> int:
-    """How many fetches its vault's curve is made from."""
+def _fetches(member: Member, of_lossy: bool) -> int:
+    """How many fetches its vault's curve is made from, of exact or of lossy blocks."""
     told = member.load.tiers.get(Tier.VAULT)
-    return 0 if told is None else told.samples
+    counted = told if told is None or not of_lossy else told.lossy
+    return 0 if counted is None else counted.samples
 
 
-def _as_known(member: Member, known: Member) -> dict[Tier, TierLoad]:
-    """Its tiers, with what another one knows of the vault."""
-    tiers = member.load.tiers
-    if Tier.VAULT not in tiers:
-        return tiers
-    own, other = tiers[Tier.VAULT], known.load.tiers[Tier.VAULT]
-    told = msgspec.structs.replace(other, blocks=own.blocks, unnamed=own.unnamed)
-    return {**tiers, Tier.VAULT: told}
+def _as_known(own: TierLoad, exact: Member | None, lossy: Member | None) -> TierLoad:
+    """What one tells of the vault, at the costs that these know."""
+    told = own
+    if exact is not None and (other := exact.load.tiers[Tier.VAULT]) is not own:
+        mine = {"blocks": own.blocks, "unnamed": own.unnamed, "lossy": own.lossy or other.lossy}
+        told = msgspec.structs.replace(other, **mine)
+    if lossy is not None:
+        of_lossy = lossy.load.tiers[Tier.VAULT].lossy
+        if of_lossy is not told.lossy:
+            told = msgspec.structs.replace(told, lossy=of_lossy)
+    return told
 
 
 def _tiers(told: Mapping[Tier, TierLoad], fetching: Mapping[Tier, int]) -> tuple[TierView, ...]:

@@ -16,8 +16,11 @@ _GAUGES = {
     "kv_usage": "Pages of paged KV that are held, as a ratio",
 }
 _LABELS = ["role", "replica"]
-# UCX's other transports.
-_NO_RDMA = {"tcp", "sysv", "posix", "cma", "xpmem", "knem", "self"}
+# UCX's other transports; those of GPUs copy within a node.
+_NO_RDMA = {
+    *("tcp", "sysv", "posix", "cma", "xpmem", "knem", "self"),
+    *("cuda_copy", "cuda_ipc", "gdr_copy"),
+}
 
 
 class ReplicaMetrics(Collector):

@@ -62,8 +62,10 @@ def decide(crowd: Crowd, waited_s: float, bounds: BatchBounds) -> Turn:
     if not crowd.computing:
         return Turn(True, Why.NOBODY)
     # Those that came together are old together, and all at once they would be a wall to people.
-    if waited_s >= bounds.max_age_s and crowd.old_prompts < crowd.computing:
-        return Turn(True, Why.AGE)
+    # On an engine one is as urgent as any, however much room there was for it.
+    if waited_s >= bounds.max_age_s:
+        next_one = crowd.old_prompts < crowd.computing
+        return Turn(True, Why.AGE) if next_one else Turn(False, Why.BATCH_PROMPTS)
     idle = crowd.computing - crowd.urgent_prompts
     if idle < 1:
         return Turn(False, Why.PROMPTS)

@@ -66,6 +66,10 @@ class Attempt:
         gives way to them."""
         return nullcontext() if self.yields else fleet.expecting(name, tokens, keys)
 
+    def fetching(self, fleet: Fleet, name: str) -> AbstractContextManager[None]:
+        """The same of what it has a replica fetch: when that begins is for others to say, too."""
+        return nullcontext() if self.yields else fleet.fetching(name, self.plan)
+
 
 async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[Delta, None]:
     """The decode replica's deltas, under the request's own id.
@@ -74,7 +78,7 @@ async def run(fleet: Fleet, attempt: Attempt, record: Record) -> AsyncGenerator[
     """
     with ExitStack() as expected:
         expected.enter_context(_expecting(fleet, attempt))
-        expected.enter_context(fleet.fetching(attempt.plan.decode, attempt.plan.spans))
+        expected.enter_context(attempt.fetching(fleet, attempt.plan.decode))
         expected.enter_context(computing_head(fleet, attempt, record))
         handoff = unread = await _handoff(fleet, attempt, record)
         decode: Member | None = None
@@ -126,7 +130,7 @@ async def _prefill(fleet: Fleet, attempt: Attempt, name: str, record: Record) ->
     unread = partial(_release, fleet, attempt)
     with (
         attempt.expected(fleet, name, attempt.computes_tokens, attempt.keys),
-        fleet.fetching(name, attempt.plan.spans),
+        attempt.fetching(fleet, name),
     ):
         async with prefill.run(submit, unread) as deltas:
             async for delta in deltas:

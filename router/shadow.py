@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from kv.codecs.codec import CodecName
 from kv.plan import Plan
 from router.audit import NO_FOOTPRINT, Footprint, Record, Shadowed
 from router.orders import Order
@@ -32,13 +33,14 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was asked, under which order, and the plan of the policy in force; and the prompt in
-    blocks, as it was looked up."""
+    """What was asked, under which order, and the plan of the policy in force; the prompt in blocks,
+    as it was looked up; and the lossy codec that it may be fetched by."""
 
     question: Question
     order: Order
     plan: Plan
     footprint: Footprint = NO_FOOTPRINT
+    codec: CodecName | None = None
 
 
 @dataclass(slots=True)
@@ -81,6 +83,7 @@ class Shadow:
         tally = self.tallies.setdefault((choice.order.policy, shadow), Tally())
         try:
             plan = self._choosers[shadow](choice.question)
+            plan = plan if choice.codec is None else plan.coded(choice.codec)
         # The edge of a policy that is on trial: nothing of it may reach the request.
         except Exception:
             tally.outcomes[Outcome.FAILED] += 1

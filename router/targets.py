@@ -40,20 +40,28 @@ class TargetDirectory(Protocol):
 
 class Targets:
     """All targets that are known here. A directory that does not answer takes none away: whoever
-    is told of fewer no longer scrapes the others, just when they are of interest."""
+    is told of fewer no longer scrapes the others, just when they are of interest. However many ask,
+    the directory is asked once at a time, in the background: it may hang."""
 
     def __init__(self, directory: TargetDirectory) -> None:
         self._directory = directory
         self._last: Sequence[Target] | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     async def with_others(self, own: Iterable[Target]) -> list[Target] | None:
         """`own`, and what the directory tells of; None while it has never answered."""
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                self._last = await self._directory.targets()
-        except OSError as error:  # a TimeoutError is one
-            logger.warning("targets not looked up: %s", error)
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+        done, _ = await asyncio.wait({self._looking}, timeout=_ANSWER_S)
+        if not done:
+            logger.warning("targets not looked up: no answer in %g s", _ANSWER_S)
         return None if self._last is None else [*own, *self._last]
+
+    async def _look(self) -> None:
+        try:
+            self._last = await self._directory.targets()
+        except OSError as error:
+            logger.warning("targets not looked up: %s", error)
 
 
 def target_prefix(cluster: str) -> str:

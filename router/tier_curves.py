@@ -1,7 +1,9 @@
 """What fetching from tiers is taken to cost: what a replica tells, or what those like it knew.
 
 A replica that starts tells guesses. Until it has fetched as often as it takes to tell a level from
-an outlier, it is priced by what others of its hardware knew last, in this cluster or before.
+an outlier, it is priced by what others of its hardware knew last, in this cluster or before, if
+that is less: a tier that was slow then would not be tried again, and nobody would learn that it is
+fast.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,14 +13,14 @@ import msgspec
 
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
-from kv.fetch import GUESSES
+from kv.fetch import GUESSES, TYPICAL_BYTES
 from kv.refit import SHIFT_AFTER
 from router.curve_book import LEAST_SAMPLES, KeptLink
 from router.member import Member
 from workers.messages import FetchLoad, LossyLoad, Replica, TierLoad
 
 Kept = Mapping[str, KeptLink]
-Told = TierLoad | FetchLoad
+Told = TierLoad | FetchLoad | LossyLoad
 _T = TypeVar("_T", TierLoad, FetchLoad, LossyLoad)
 
 
@@ -80,6 +82,9 @@ def _knows(told: TierLoad) -> bool:
 
 def _known(told: _T, kept: KeptLink | None) -> _T:
     if kept is None or told.samples >= SHIFT_AFTER:
+        return told
+    cheaper = LinkCurve(kept.latency_s, kept.per_byte_s).seconds(TYPICAL_BYTES)
+    if curve_of(told).seconds(TYPICAL_BYTES) <= cheaper:
         return told
     return msgspec.structs.replace(told, latency_s=kept.latency_s, per_byte_s=kept.per_byte_s)
 

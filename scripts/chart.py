@@ -6,6 +6,7 @@ k8s/ with that Helm. `--check` writes nothing, and exits with 1 where a file wou
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -81,8 +82,20 @@ def schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **found,
-        "$defs": sections["$defs"],
+        "$defs": _used(sections["$defs"], found),
     }
+
+
+def _used(definitions: Mapping[str, Any], found: Any) -> dict[str, Any]:
+    """The definitions that `found` refers to, by one another too."""
+    used: set[str] = set()
+    while new := _referred([found, *map(definitions.get, used)]) - used:
+        used |= new
+    return {name: each for name, each in definitions.items() if name in used}
+
+
+def _referred(found: Any) -> set[str]:
+    return set(re.findall(r'"#/\$defs/(\w+)"', json.dumps(found)))
 
 
 def _object(defaults: Mapping[str, Any], path: str) -> dict[str, Any]:

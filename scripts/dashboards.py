@@ -57,9 +57,9 @@ def rate(metric: str, by: str = "", *labels: str) -> str:
     return each("sum", f"rate({picked(metric, *labels)}[$__rate_interval])", by)
 
 
-def of_cluster(metric: str, by: str = "") -> str:
+def of_cluster(metric: str, by: str = "", *labels: str) -> str:
     """A second, of what every ingress tells of the whole cluster."""
-    return each("max", f"rate({picked(metric)}[$__rate_interval])", by)
+    return each("max", f"rate({picked(metric, *labels)}[$__rate_interval])", by)
 
 
 def gauge(metric: str, by: str = "") -> str:
@@ -93,6 +93,7 @@ _TTFT, _ITL = "breakeven_request_ttft_seconds", "breakeven_request_itl_seconds"
 _GOOD = rate(f"{_TTFT}_bucket", "", 'le="2.0"')
 _TOKENS = "breakeven_prompt_tokens_total"
 _ALL_TOKENS = each("sum", of_cluster(_TOKENS, "source"))
+_HIT_TOKENS = of_cluster(_TOKENS, "source", 'source!="computed"')
 
 OVERVIEW = Board(
     "breakeven-overview",
@@ -227,12 +228,7 @@ KV_PLANE = Board(
             "Hits",
             "Share of prompt tokens that no engine computed",
             "percentunit",
-            (
-                (
-                    f"{of_cluster(_TOKENS, 'source')} / on ({_CLUSTER}) group_left {_ALL_TOKENS}",
-                    "{{source}}",
-                ),
-            ),
+            ((f"{_HIT_TOKENS} / on ({_CLUSTER}) group_left {_ALL_TOKENS}", "{{source}}"),),
         ),
         Panel(
             "Evictions",

@@ -73,12 +73,18 @@ def without_connectors(stats: SchedulerStats | None) -> SchedulerStats | None:
 
 
 class Counters:
-    """Totals, and what `fetches` from an engine's tiers took; `retry_s` is `kv.live`'s."""
+    """Totals, and what `fetches` from the tiers of an engine of so many `ranks` took; `retry_s` is
+    `kv.live`'s."""
 
     def __init__(
-        self, tiers: tuple[Tier, ...], now: Callable[[], float], retry_s: float | None = RETRY_S
+        self,
+        tiers: tuple[Tier, ...],
+        now: Callable[[], float],
+        retry_s: float | None = RETRY_S,
+        ranks: int = 1,
     ) -> None:
         self._counts: dict[str, float] = {}
+        self._ranks = ranks
         self._tiered = bool(tiers)
         self.fetches = Fetches(tiers, now, retry_s)
 
@@ -111,7 +117,6 @@ class Counters:
                 self._observe_tiers(each.get("data", {}))
             else:
                 self._observe_handoffs(each)
-        self.fetches.stepped()
 
     def _observe_tiers(self, seen: dict[str, dict[tuple[str, ...], float]]) -> None:
         """vLLM's offloading metrics of this step, by name and labels."""
@@ -128,23 +133,22 @@ class Counters:
     def _observe_promotions(self, seen: dict[str, dict[tuple[str, ...], float]]) -> None:
         promoted_bytes, promoted_s = (seen.get(name, {}) for name in PROMOTED)
         for label, n_bytes in promoted_bytes.items():
-            tier, seconds = _tier(label), promoted_s.get(label, 0.0)
-            # One that was cut short took as long as it was let: no bytes take that.
-            whole = not seen.get(FAILED, {}).get(label)
-            # A vault tells itself which of its loads were of smaller frames.
-            if tier is Tier.DISK and tier in self.fetches:
-                self.fetches.copied(tier, False, int(n_bytes), seconds)
-            elif tier is Tier.PEER and whole:
-                self.fetches.borrowed(int(n_bytes), seconds)
+            # These are sums over jobs, up to when a step noticed them: a vault and peers tell of
+            # each of their loads themselves.
+            if _tier(label) is Tier.DISK and Tier.DISK in self.fetches:
+                seconds = promoted_s.get(label, 0.0)
+                self.fetches.copied(Tier.DISK, False, int(n_bytes), seconds)
 
     def _observe_handoffs(self, seen: dict[str, Any]) -> None:
         """NIXL's telemetry (lists, one entry a transfer)."""
         self._add("transfers", len(seen.get("bytes_transferred", ())))
         self._add("transfer_bytes", sum(seen.get("bytes_transferred", ())))
         self._add("transfer_s", sum(seen.get("transfer_duration", ())))
+        # Each rank tells of its part of one read, or lease: what all of them tell is one.
         for name in ("num_failed_transfers", "num_failed_handshakes"):
-            self._add("failed_transfers", sum(seen.get(name, ())))
-        self._add("expired_leases", sum(seen.get("num_kv_expired_reqs", ())))
+            self._add("failed_transfers", -(-sum(seen.get(name, ())) // self._ranks))
+        expired = sum(seen.get("num_kv_expired_reqs", ()))
+        self._add("expired_leases", -(-expired // self._ranks))
 
     def frozen(self) -> Totals:
         kinds = Totals.__annotations__

@@ -89,6 +89,7 @@ class Engine:
         self._tiers: Any = None if self._tiered is None else self._tiered.scheduler.manager
         secondary = () if self._tiers is None else self._tiers.secondary_tiers
         self.vault = next((tier for tier in secondary if isinstance(tier, VaultTier)), None)
+        self._peer = next((tier for tier in secondary if isinstance(tier, PeerTier)), None)
         self._erasure = Erasure(
             self._scheduler,
             self._publish,
@@ -113,7 +114,7 @@ class Engine:
         self._trusted_s = trusted_s(config.kv_transfer_config)
         behind = () if self._tiers is None else self._tiers.behind()
         self._behind: tuple[Tier, ...] = behind
-        self._totals = Counters(behind, time.monotonic, retry_s)
+        self._totals = Counters(behind, time.monotonic, retry_s, self._world_size)
         self._prompt_tokens: dict[str, int] = {}
         self.failure: BaseException | None = None
         self._stepped_at, self._idle = time.monotonic(), True
@@ -132,11 +133,7 @@ class Engine:
     def open_peers(self, host: str, keys: PeerKeys) -> str:
         """Lend blocks of the host tier to other replicas, at the address that is returned, and
         fetch theirs; empty without a peer tier. Before `start`."""
-        behind = self._tiers.secondary_tiers if self._tiers is not None else ()
-        for tier in behind:
-            if isinstance(tier, PeerTier):
-                return tier.open(host, keys, self._tiers.primary_tier)
-        return ""
+        return "" if self._peer is None else self._peer.open(host, keys, self._tiers.primary_tier)
 
     def geometry(self) -> Geometry:
         """What one rank's pages hold, as allocated."""
@@ -367,6 +364,8 @@ class Engine:
             self._vllm_metrics.record(without_connectors(batch.scheduler_stats), None)
         for load in () if self.vault is None else self.vault.loads():
             self._totals.fetches.copied(Tier.VAULT, *load)
+        for came in () if self._peer is None else self._peer.loads():
+            self._totals.fetches.borrowed(*came)
         self._totals.count(deltas)
         changes = self._mirror.take()
         self._totals.evicted(changes)

@@ -1,6 +1,5 @@
 """What fetching from an engine's tiers, and from other replicas, takes it: the curves it tells."""
 
-from collections import deque
 from collections.abc import Callable, Container
 
 from kv.catalogue import Tier
@@ -10,7 +9,7 @@ from kv.live import RETRY_S
 from workers.messages import FetchLoad, LossyLoad, Sources, Spent, TierLoad
 
 # A peer that has not got a block yet is asked again after so long (`workers.peer.question`): so
-# much later than it could have been a block may be asked for.
+# much later than it could have been a block may come.
 ASKING_S = 0.02
 
 
@@ -26,8 +25,6 @@ class Fetches:
         # Of blocks that a lossy codec made smaller, from when the first was fetched.
         self._lossy: dict[Tier, FetchCost] = {}
         self._giving_way: set[str] = set()
-        # When the last two steps ended.
-        self._stepped_s: deque[float] = deque(maxlen=2)
 
     def __contains__(self, tier: Tier) -> bool:
         return tier in self._costs
@@ -58,22 +55,14 @@ class Fetches:
         saw(spent.loaded_bytes, seconds, now_s)
 
     def copied(self, tier: Tier, lossy: bool, n_bytes: int, seconds: float) -> None:
-        """What bringing so many bytes into host memory took, whoever waited for them."""
+        """What bringing so many bytes into host memory took at least, whoever waited for them."""
         self._cost(tier, lossy).saw_at_least(n_bytes, seconds, self._now())
 
     def borrowed(self, n_bytes: int, seconds: float) -> None:
-        """What a peer's bytes took to come, up to when a step noticed it: they had not come when
-        the one before that began. What a request waits for a peer is no measure: in a split the
-        peer computes meanwhile."""
-        if len(self._stepped_s) < 2:
-            return
-        now_s = self._now()
-        least_s, most_s = seconds - (now_s - self._stepped_s[0]), seconds + ASKING_S
-        self._costs[Tier.PEER].saw_between(n_bytes, least_s, most_s, now_s)
-
-    def stepped(self) -> None:
-        """A step of the engine has ended, and all that it noticed is told."""
-        self._stepped_s.append(self._now())
+        """What one load's bytes took to come from a peer, once that had them. What a request waits
+        for a peer is no measure: in a split the peer computes meanwhile."""
+        cost = self._costs[Tier.PEER]
+        cost.saw_between(n_bytes, seconds, seconds + ASKING_S, self._now())
 
     # ------------------------------------------------------------------ what is told
 
@@ -87,7 +76,7 @@ class Fetches:
         """The same for pages that a lossy codec stored; it made them smaller to this `share`, by
         which it is guessed what fetching them costs until one was."""
         found = self._costs[tier].curve(self._now())
-        if tier in self._lossy:
+        if tier in self._lossy and self._lossy[tier].samples:
             found = self._lossy[tier].curve(self._now())
         else:
             found = LinkCurve(found.latency_s, found.per_byte_s * share)

@@ -30,7 +30,7 @@ _TOTALS = {
     "generated_tokens": "Tokens generated",
     "transfer_bytes": "Bytes of KV read from other engines",
     "failed_transfers": "Reads of other engines' KV that failed",
-    "failed_loads": "Blocks of tiers that did not come",
+    "failed_loads": "Fetches from tiers that did not bring all, or came too late",
     "evicted_blocks": "Blocks that paged KV gave up",
     "expired_leases": "Prefills whose blocks nobody read in time",
 }

@@ -8,6 +8,7 @@ from ray.serve.schema import ServeDeploySchema
 from scripts import chart
 from tests.deploy import crd
 from tests.deploy.chart import (
+    ALERTS,
     CHART,
     KEYS,
     VALUES,
@@ -31,8 +32,16 @@ EXPOSED = {
 }
 
 
-def _gpus(count: int) -> dict[str, Any]:
-    return {"resources": {"limits": {"nvidia.com/gpu": count}}}
+def _gpus(count: int, *kinds: str) -> dict[str, Any]:
+    return {"resources": {"limits": dict.fromkeys(kinds or ("nvidia.com/gpu",), count)}}
+
+
+def _engines(*kinds: str) -> dict[str, Any]:
+    """One of each kind for every engine."""
+    return {"prefill": _gpus(1, *kinds), "decode": _gpus(1, *kinds)}
+
+
+MIG = "nvidia.com/mig-3g.40gb"
 
 
 # Each way to set something that changes what is rendered.
@@ -41,6 +50,7 @@ MATRIX: dict[str, dict[str, Any]] = {
     "no prefill": {"config": {"prefill": {"replicas": 0}}},
     "vault": {"config": {"tiers": {"vault": VAULT}}},
     "GPUs": {"config": GPUS, "groups": {"prefill": _gpus(4), "decode": _gpus(4)}},
+    "partitions of GPUs": {"config": {"device": "cuda"}, "groups": _engines(MIG)},
     "rdma": {"rdma": {"enabled": True}, "config": {"tiers": {"vault": VAULT}}},
     "exposed": {"expose": EXPOSED},
     "secrets": {"secrets": {"cluster": "c", "ray": "r", "huggingFace": "h", "tls": "t"}},
@@ -78,7 +88,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no GPU": ({"config": {"device": "cuda"}}, "set nvidia.com/gpu there to 1"),
     "too few GPUs": (
         {"config": GPUS, "groups": {"prefill": _gpus(2), "decode": _gpus(4)}},
-        "groups.prefill.resources.limits has 2 of nvidia.com/gpu",
+        "groups.prefill.resources.limits has 2 GPUs",
+    ),
+    "two kinds of GPUs, of which KubeRay takes one": (
+        {"config": {"device": "cuda", "engine": {"tensor_parallel_size": 2}},
+         "groups": _engines("nvidia.com/mig-1g.10gb", MIG)},
+        "groups.prefill.resources.limits has 1 GPUs",
+    ),
+    "partitions that KubeRay does not take": (
+        {"config": {"device": "cuda"}, "groups": _engines("nvidia.com/mig-1g.10gb.me")},
+        "groups.prefill.resources.limits has 0 GPUs",
     ),
     "too many catalogues": (
         {"config": {"catalogue": {"replicas": 3}, "ingress": {"replicas": 2}}},
@@ -173,7 +192,8 @@ def test_pods_are_confined(helm: Helm) -> None:
 
 def test_budgets_say_how_many_pods_are_to_stay(helm: Helm) -> None:
     """In whole pods, since Kubernetes cannot ask a RayCluster for its scale; a group of one has no
-    budget, so that its node can be drained, unless that is asked for."""
+    budget, so that its node can be drained, unless that is asked for. Pods that are not ready hold
+    no drain up: they may be evicted, however many of their group are ready."""
     assert _stay(helm.documents("racks")) == {"ingress": 3, "prefill": 6, "decode": 14, "vault": 3}
     assert _stay(helm.documents("cpu")) == {}
     kept = {"groups": {"head": {"maxUnavailable": 0}, "prefill": {"maxUnavailable": 9}}}
@@ -184,7 +204,8 @@ def _stay(documents: list[Document]) -> dict[str, int]:
     """Pods that each group's budget keeps, by the label that the group's pods have."""
     kept = {}
     for budget in of_kind(documents, "PodDisruptionBudget"):
-        assert set(budget["spec"]) == {"minAvailable", "selector"}
+        assert set(budget["spec"]) == {"minAvailable", "unhealthyPodEvictionPolicy", "selector"}
+        assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
         wanted = budget["spec"]["selector"]["matchLabels"]
         [group] = (
             name
@@ -197,7 +218,7 @@ def _stay(documents: list[Document]) -> dict[str, int]:
 
 def test_kuberay_finds_its_head(helm: Helm) -> None:
     """Its Services select pods by app.kubernetes.io/name, which it gives them itself; a label with
-    the chart's version would start a second cluster. An older one wants the port of Serve."""
+    the chart's version would start a second cluster. Where a head lists ports it wants Serve's."""
     groups = pods(helm.documents("racks"))
     for group, pod in groups.items():
         assert pod["metadata"]["labels"] == {"breakeven/release": "test", "breakeven/group": group}
@@ -219,6 +240,48 @@ def test_every_port_of_metrics_is_scraped(helm: Helm) -> None:
     opened = [{port["port"] for port in each["ports"]} for each in policy["spec"]["ingress"]]
     assert ports == {8080, 44217, 44227, 8000, 9464, 9465}
     assert ports in opened
+
+
+def test_no_port_of_metrics_is_one_that_nobody_answers(helm: Helm) -> None:
+    """It would be a target that is down for ever. Each ingress pod has a catalogue; where somebody
+    wants fewer, nobody can say which pods have one, and none is scraped."""
+    for catalogue, count, scraped in (
+        ({}, 3, True),
+        ({"cpus": 2}, 3, True),
+        ({"replicas": 3}, 3, True),
+        ({"replicas": 1}, 1, False),
+    ):
+        config = {"ingress": {"replicas": 3}, "catalogue": catalogue}
+        documents = helm.documents(more={"config": config})
+        [application] = serve_config(documents)["applications"]
+        assert application["args"]["catalogue"]["replicas"] == count
+        named = {port["name"] for port in _ports(documents, "ingress")}
+        assert ("breakeven" in named) == scraped
+
+
+def test_a_target_is_an_ingress_by_the_labels_that_its_alert_asks_for(helm: Helm) -> None:
+    """The group is that of the pod's label, and `endpoint` the port's name, as Prometheus'
+    operator gives it; no other group has a port of that name."""
+    documents = helm.documents("racks")
+    [monitor] = of_kind(documents, "PodMonitor")
+    [scraped] = (e for e in monitor["spec"]["podMetricsEndpoints"] if e["port"] == "http")
+    labels = {each["targetLabel"]: each["sourceLabels"] for each in scraped["relabelings"]}
+    assert labels == {
+        "group": ["__meta_kubernetes_pod_label_breakeven_group"],
+        "ray_io_cluster": ["__meta_kubernetes_pod_label_ray_io_cluster"],
+    }
+    [group] = (
+        pod["metadata"]["labels"]["breakeven/group"]
+        for name, pod in pods(documents).items()
+        if "http" in {port["name"] for port in _ports(documents, name)}
+    )
+    assert f'(up{{group="{group}", endpoint="http"}}) == 0' in ALERTS.read_text()
+
+
+def _ports(documents: list[Document], group: str) -> list[dict[str, Any]]:
+    [container] = pods(documents)[group]["spec"]["containers"]
+    ports: list[dict[str, Any]] = container["ports"]
+    return ports
 
 
 def test_redis_keeps_the_books_of_the_head(helm: Helm) -> None:

@@ -27,6 +27,13 @@ def test_the_schema_of_values_is_that_of_the_code() -> None:
     assert json.loads(chart.SCHEMA.read_text()) == json.loads(json.dumps(chart.schema()))
 
 
+def test_the_schema_defines_nothing_that_it_does_not_use() -> None:
+    """Sections that the chart sets itself leave no definition behind."""
+    made = chart.schema()
+    used = re.findall(r'"#/\$defs/(\w+)"', json.dumps(made))
+    assert set(made["$defs"]) == set(used)
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_values_that_come_along_are_valid(name: str) -> None:
     """By the schema, and their configuration by our own loader."""

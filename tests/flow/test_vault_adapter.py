@@ -130,6 +130,26 @@ def test_blocks_cross_from_one_replica_to_another(stack: Callable[[], _Stack]) -
     other.settle()
 
 
+@pytest.mark.parametrize("coming", [4, 2, 0])
+def test_a_load_tells_what_all_that_was_asked_for_took_at_least(
+    stack: Callable[[], _Stack], monkeypatch: pytest.MonkeyPatch, coming: int
+) -> None:
+    """However much of it came: a link that stalls behind the first block brings none sooner than
+    one that stalls before it."""
+    one, other = stack(), stack()
+    one.store(one.request("a", 8), KEYS[:4])
+    one.settle()
+    reading = other.vault._vault._reading  # type: ignore[union-attr]
+    get = reading.get
+    monkeypatch.setattr(reading, "get", lambda run, keys, *rest: get(run, keys[:coming], *rest))
+    other.found(other.request("b", 8), KEYS[:8])
+    other.settle()
+    ((lossy, n_bytes, seconds),) = other.vault.loads()
+    assert (lossy, n_bytes) == (False, 4 * PAGE)
+    assert 0.0 < seconds < 5.0
+    assert not other.vault.loads()
+
+
 def test_a_lookup_never_waits(stack: Callable[[], _Stack], running: ShardHandle) -> None:
     """A shard that hangs is asked in the background: "later" until the deadline, then a miss for
     good, and each answer at once."""

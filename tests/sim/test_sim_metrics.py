@@ -131,21 +131,21 @@ async def test_a_replica_that_starts_begins_with_what_those_like_it_knew() -> No
     """With its predecessor's curves of tiers, which are kept for the next cluster, too."""
     costs = replace(COSTS, host_blocks=64, lends=True)
     async with world(decode=2, costs=costs, hardware="cpu") as here:
-        host, peer = TierLoad(9, 0, 0.4, 3e-9, 12), FetchLoad(0.7, 4e-9, 12)
+        host, peer = TierLoad(9, 0, 0.001, 2e-10, 12), FetchLoad(0.002, 3e-10, 12)
         _load(here, "decode-0", tiers={Tier.HOST: host}, peer=peer)
         kept = here.fleet.book().tiers
         assert sorted(kept.values(), key=lambda link: link.latency_s) == [
-            KeptLink(0.4, 3e-9, 12),
-            KeptLink(0.7, 4e-9, 12),
+            KeptLink(0.001, 2e-10, 12),
+            KeptLink(0.002, 3e-10, 12),
         ]
         here.engine("decode-0").crash()
         here.start("decode-0", Role.DECODE, epoch="2", hardware="cpu")
         await here.warmed()
         for row in here.fleet.snapshot([], None).decode:
-            assert row.tiers[0].curve == LinkCurve(0.4, 3e-9)
-            assert row.peer == LinkCurve(0.7, 4e-9)
+            assert row.tiers[0].curve == LinkCurve(0.001, 2e-10)
+            assert row.peer == LinkCurve(0.002, 3e-10)
         told = curves_of(here.fleet)["tiers"]["decode-0"]
-        assert (told["host"]["latency_s"], told["peer"]["latency_s"]) == (0.4, 0.7)
+        assert (told["host"]["latency_s"], told["peer"]["latency_s"]) == (0.001, 0.002)
 
 
 async def test_targets_are_those_that_answer_prometheus() -> None:

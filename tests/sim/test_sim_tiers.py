@@ -1,5 +1,6 @@
 """Replicas with a host tier: what left the device is fetched where that is planned."""
 
+import asyncio
 import random
 from dataclasses import replace
 
@@ -7,8 +8,10 @@ import pytest
 
 from kv.catalogue import Tier
 from kv.curve import LinkCurve
+from kv.parts import Action, in_turn
 from kv.plan import Reason, Shape, Source, Span
 from router.audit import Record
+from router.run import Attempt
 from tests.sim.world import COSTS, Prompts, World, answer, request, world
 from workers.messages import Role
 
@@ -126,7 +129,9 @@ async def test_plans_over_small_tiers_are_kept_and_tokens_are_right() -> None:
 
 
 async def test_what_is_fetched_next_comes_behind_what_is_under_way() -> None:
-    """A plan's bytes count from when it is sent until its first token, then no more."""
+    """A plan's bytes count from when it is sent for as long as they are predicted to take, and
+    until its first token at most: not while it computes behind them. What a batch request fetches
+    whenever others let it keeps nobody."""
     async with world(prefill=0, decode=1, costs=TIERED, kv_blocks=128) as here:
         member = here.fleet.members()[0]
 
@@ -135,15 +140,28 @@ async def test_what_is_fetched_next_comes_behind_what_is_under_way() -> None:
             return row.tiers[0].curve
 
         idle = cost()
-        spans = (
-            Span(Source.FETCH, 0, 640, "decode-0", Tier.HOST),
-            Span(Source.COMPUTE, 640, 700, "decode-0"),
+        asked = request("asked", range(700), 1)
+        await here.ask(asked)
+        fetched = Span(Source.FETCH, 0, 640, "decode-0", Tier.HOST)
+        plan = replace(
+            here.audit.records[-1].plan,
+            spans=(fetched, Span(Source.COMPUTE, 640, 700, "decode-0")),
+            parts=in_turn([(Action.FETCH, "decode-0", 0.5), (Action.COMPUTE, "decode-0", 9.0)]),
         )
-        with here.fleet.fetching("decode-0", spans), here.fleet.fetching("decode-0", spans):
+        with here.fleet.fetching("decode-0", plan), here.fleet.fetching("decode-0", plan):
             n_bytes = 2 * 640 * member.replica.kv_bytes_per_token
             assert cost().seconds(0) == pytest.approx(idle.seconds(n_bytes))
             assert cost().per_byte_s == idle.per_byte_s
+            await asyncio.sleep(0.4)
+            assert cost() != idle
+            await asyncio.sleep(0.2)
+            assert cost() == idle
+        with here.fleet.fetching("decode-0", plan):
+            assert cost() != idle
         assert cost() == idle
+        attempt = Attempt(replace(asked, patient_until_s=9.0), plan, "batch", ())
+        with attempt.fetching(here.fleet, "decode-0"):
+            assert cost() == idle
         await displaced(here)
         await again(here)
         assert not member.fetching

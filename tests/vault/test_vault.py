@@ -4,6 +4,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -170,6 +171,31 @@ def test_many_clients_at_once(running: ShardHandle) -> None:
         assert _stats(a).quarantined_bytes == 0
         a.forget(["tag"], 5.0)
         assert _stats(a).free_bytes == 64 * MIB
+
+
+def test_a_call_begins_when_the_connection_is_its_own(running: ShardHandle) -> None:
+    """What two calls wait for each other is told apart from what the shard and its link take."""
+    blocks, begun_s, go = frames(2, 2000), list[float](), threading.Event()
+
+    def slowly(_: bytes, __: memoryview) -> None:
+        begun_s.append(0.0)
+        assert go.wait(10.0)
+
+    def begun() -> None:
+        begun_s.append(time.monotonic())
+
+    with client(running) as vault, ThreadPoolExecutor(2) as threads:
+        assert stored(vault, blocks)
+        first = threads.submit(vault.get, RUN, list(blocks)[:1], slowly, 20.0)
+        await_that(lambda: begun_s, "the first reads")
+        second = threads.submit(vault.get, RUN, list(blocks), lambda *_: None, 20.0, begun)
+        time.sleep(0.3)
+        assert len(begun_s) == 1
+        went_s = time.monotonic()
+        go.set()
+        assert len(first.result(10.0)) == 1
+        assert second.result(10.0) == list(blocks)
+        assert begun_s[1] >= went_s
 
 
 def _stats(vault: VaultClient) -> wire.Stats:

@@ -76,17 +76,27 @@ class Load:
         self._held: list[int] = []
         self._lock = threading.Lock()
         self._running = self._over = False
+        # While its connection works for it alone, and no step of the engine is waited for.
+        self._run_s = self._came_s = 0.0
         self.settled = threading.Event()
 
     def over(self) -> bool:
         return self._over
+
+    def came(self) -> tuple[int, float] | None:
+        """Bytes and the seconds that they took; None unless all of them came."""
+        if not self._came_s or len(self._landed) < len(self.job.keys):
+            return None
+        return len(self._landed) * self._row_bytes, self._came_s
 
     def run(self, session: Session) -> None:
         with self._lock:
             if self._over:
                 return
             self._running = True
+        self._run_s = time.monotonic()
         damaged = fetch(session, self._verifying, self._wanted, self._land, self.deadline_s)
+        self._came_s = time.monotonic() - self._run_s
         self._settle()
         if damaged:
             words = "peer %s: %d of %d blocks came damaged and are computed"
@@ -186,6 +196,7 @@ class PeerTier(SecondaryTierManager):
         self._loads: dict[int, Load] = {}
         self._unsettled: list[Load] = []
         self._finished: list[JobResult] = []
+        self._came: list[tuple[int, float]] = []
         self._forgotten: dict[str, float] = {}
 
     def open(self, host: str, keys: PeerKeys, lender: HostTier) -> str:
@@ -255,10 +266,18 @@ class PeerTier(SecondaryTierManager):
                 load.abandon()
             if load.over():
                 self._finished.append(self._loads.pop(job_id).result())
+                if (came := load.came()) is not None:
+                    self._came.append(came)
                 self._unsettled.append(load)
         self._unsettled = [load for load in self._unsettled if not load.settled.is_set()]
         finished, self._finished = self._finished, []
         return finished
+
+    def loads(self) -> Iterable[tuple[int, float]]:
+        """Of each load since the last call of which all came: bytes, and the seconds from when it
+        was its turn until the last of them was here, whatever the engine did meanwhile."""
+        came, self._came = self._came, []
+        return came
 
     def erase(self, tags: Collection[str]) -> int:
         """Take no more blocks of these tenants for `FORGOTTEN_S`; always 0, since those that came

@@ -112,13 +112,22 @@ class VaultClient:
             logger.debug("put of %d blocks: %s", len(blocks), error)
         return tuple(verdicts)
 
-    def get(self, run: bytes, keys: Sequence[bytes], take: Take, timeout_s: float) -> list[bytes]:
+    def get(
+        self,
+        run: bytes,
+        keys: Sequence[bytes],
+        take: Take,
+        timeout_s: float,
+        begun: Callable[[], None] = lambda: None,
+    ) -> list[bytes]:
         """Give the leading blocks of one run to `take`, each as soon as it is here and whole;
-        which those were. One that is found damaged is left out."""
+        which those were. One that is found damaged is left out. `begun` is called once the shard's
+        connection is this call's."""
         deadline_s = time.monotonic() + timeout_s
         taken: list[bytes] = []
         try:
             with self._line(run).session(deadline_s) as session:
+                begun()
                 for at in range(0, len(keys), wire.MOST_BLOCKS):
                     part = keys[at : at + wire.MOST_BLOCKS]
                     if self._get(session, part, take, taken, deadline_s) < len(part):

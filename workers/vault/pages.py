@@ -126,10 +126,11 @@ class VaultPages:
         timeout_s: float,
         keep: Keep = AS_ALL,
         tell: Callable[[bytes], None] = lambda _: None,
+        begun: Callable[[], None] = lambda: None,
     ) -> list[bytes]:
         """Fill pages from the vault; the keys of those that are whole now. `tell` has heard each as
-        soon as it was. The others' bytes are undefined. A page that another codec stored than
-        `keep` allows is none of them."""
+        soon as it was, `begun` when it was a run's turn. The others' bytes are undefined. A page
+        that another codec stored than `keep` allows is none of them."""
         deadline_s = time.monotonic() + timeout_s
         codec = self._codec(keep)
         loaded: list[bytes] = []
@@ -137,7 +138,7 @@ class VaultPages:
             rows = {self._name(page.key): page.row for page in members}
             left_s = deadline_s - time.monotonic()
             take = partial(self._take, rows, codec, tell)
-            taken = self._reading.get(self._name(run), list(rows), take, left_s)
+            taken = self._reading.get(self._name(run), list(rows), take, left_s, begun)
             loaded += map(self._key, taken)
         return loaded
 

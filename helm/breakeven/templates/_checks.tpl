@@ -9,7 +9,7 @@ Ray would look for a node for ever. */}}
 {{- fail "config.tiers.peer is set without config.tiers.host: peers read each other's host tier; set config.tiers.host.bytes, or leave peer out" -}}
 {{- end -}}
 {{- $ingresses := include "breakeven.pods" (list "ingress" .) | int -}}
-{{- $catalogues := dig "catalogue" "replicas" 1 $config | int -}}
+{{- $catalogues := include "breakeven.catalogues" . | int -}}
 {{- if gt $catalogues $ingresses -}}
 {{- fail (printf "config.catalogue.replicas is %d, and each ingress pod has room for one: set it to config.ingress.replicas, %d, at most" $catalogues $ingresses) -}}
 {{- end -}}
@@ -41,20 +41,27 @@ Ray would look for a node for ever. */}}
 {{- end -}}
 {{- end }}
 
-{{/* Each pod runs one engine. */}}
+{{/* Each pod runs one engine. Ray is told of the first limit by name that KubeRay takes for GPUs
+(IsGPUResourceKey), and of no other. */}}
 {{- define "breakeven.checkGpus" -}}
 {{- $group := index . 0 -}}{{- $root := index . 1 -}}{{- $config := $root.Values.config -}}
 {{- $engine := mergeOverwrite (dict) (dig "engine" dict $config) (dig $group "engine" dict $config) -}}
 {{- $ranks := mul (get $engine "tensor_parallel_size" | default 1 | int) (get $engine "pipeline_parallel_size" | default 1 | int) -}}
 {{- $key := printf "groups.%s.resources.limits" $group -}}
-{{- $gpus := dig "limits" "nvidia.com/gpu" 0 (index $root.Values.groups $group).resources | int -}}
+{{- $gpus := 0 -}}
+{{- range $name, $count := dig "limits" dict (index $root.Values.groups $group).resources -}}
+{{- if and (eq $gpus 0) (regexMatch "gpu$|nvidia\\.com/mig-[0-9]+g\\.[0-9]+gb$" $name) -}}
+{{- $gpus = int $count -}}
+{{- end -}}
+{{- end -}}
 {{- if lt $gpus (int $ranks) -}}
-{{- fail (printf "%s has %d of nvidia.com/gpu, and an engine of config.%s takes %d (config.device is cuda; tensor by pipeline parallel size): set nvidia.com/gpu there to %d, or make the engine smaller" $key $gpus $group $ranks $ranks) -}}
+{{- fail (printf "%s has %d GPUs, and an engine of config.%s takes %d (config.device is cuda; tensor by pipeline parallel size): set nvidia.com/gpu there to %d, or make the engine smaller" $key $gpus $group $ranks $ranks) -}}
 {{- end -}}
 {{- end }}
 
 {{/* A pod whose Secret is missing waits for it in silence. `helm template` sees no server and looks
-for none; where there is one, Helm may list Secrets, since it keeps its releases in them. */}}
+for none. Where there is one, Helm must be allowed to list Secrets: whoever keeps releases in them, as
+it does unless HELM_DRIVER says otherwise, is; with another driver the role must say so. */}}
 {{- define "breakeven.checkSecrets" -}}
 {{- $secrets := .Values.secrets -}}{{- $namespace := .Release.Namespace -}}
 {{- if not $secrets.keys -}}

@@ -14,7 +14,8 @@ follows from running here. Each engine pod offers one place of its role, so that
 {{- $_ := set $ingress "tls_key_file" "/etc/breakeven/tls/tls.key" -}}
 {{- end -}}
 {{- $_ := set $ours "ingress" $ingress -}}
-{{- $_ := set $ours "catalogue" (dict "resources" (dict "breakeven_catalogue" 1)) -}}
+{{- $catalogues := include "breakeven.catalogues" . | int -}}
+{{- $_ := set $ours "catalogue" (dict "replicas" $catalogues "resources" (dict "breakeven_catalogue" 1)) -}}
 {{- $_ := set $ours "metrics" (dict "port" 9464) -}}
 {{- if include "breakeven.shards" . | int -}}
 {{- $_ := set $ours "tiers" (dict "vault" (dict "resources" (dict "breakeven_vault" 1))) -}}
@@ -25,6 +26,11 @@ follows from running here. Each engine pod offers one place of its role, so that
 {{- define "breakeven.shards" -}}
 {{- $vault := dig "tiers" "vault" nil .Values.config -}}
 {{- if $vault }}{{ get $vault "shards" | default 1 }}{{ else }}0{{ end -}}
+{{- end }}
+
+{{/* A pod is a node to Ray: each ingress has a catalogue on its own, unless fewer are asked for. */}}
+{{- define "breakeven.catalogues" -}}
+{{ dig "catalogue" "replicas" (include "breakeven.pods" (list "ingress" .)) .Values.config }}
 {{- end }}
 
 {{/* How many pods a group has: as many as the configuration has replicas. */}}

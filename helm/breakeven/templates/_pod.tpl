@@ -160,22 +160,26 @@ volumeMounts:
 {{- end }}
 
 {{- define "breakeven.ports" -}}
-{{- $group := index . 0 -}}
+{{- $group := index . 0 -}}{{- $root := index . 1 -}}
 - {name: metrics, containerPort: 8080}
 - {name: agent, containerPort: 52365}
 {{- if eq $group "head" }}
 - {name: gcs-server, containerPort: 6379}
 - {name: dashboard, containerPort: 8265}
 - {name: client, containerPort: 10001}
-# Nothing answers there; an older KubeRay makes its Service of Serve from it.
+# Nothing answers there; KubeRay wants it for its Service of Serve where a head lists ports.
 - {name: serve, containerPort: 8000}
 # Of the dashboard and of the autoscaler, for Prometheus.
 - {name: dash-metrics, containerPort: 44227}
 - {name: as-metrics, containerPort: 44217}
 {{- else if eq $group "ingress" }}
 - {name: http, containerPort: 8000}
+{{- /* Of fewer catalogues nobody knows which pods have one: the others' ports would be targets that are
+down for ever. */}}
+{{- if eq (include "breakeven.catalogues" $root | int) (include "breakeven.pods" . | int) }}
 # The catalogue's.
 - {name: breakeven, containerPort: 9465}
+{{- end }}
 {{- else }}
 - {name: breakeven, containerPort: 9464}
 {{- end }}

@@ -104,9 +104,9 @@ def test_a_next_start_begins_with_what_was_kept() -> None:
 def test_an_ingress_begins_with_the_tiers_of_its_book() -> None:
     """Until a replica of that hardware tells better."""
     nobody: Any = None
-    book = Book(tiers={"cpu, peer": KeptLink(0.7, 4e-9, 9)})
+    book = Book(tiers={"cpu, peer": KeptLink(0.002, 3e-10, 9)})
     fleet = Fleet(nobody, nobody, nobody, b"", lambda: 0.0, random.Random(1), False, book)
-    for hardware, latency_s in (("cpu", 0.7), ("gpu", GUESSES[Tier.PEER].latency_s)):
+    for hardware, latency_s in (("cpu", 0.002), ("gpu", GUESSES[Tier.PEER].latency_s)):
         replica = sim_replica("d", Role.DECODE, COSTS, hardware=hardware)
         member = Member(replica, lambda _: nobody, nobody, lambda: 0.0)
         assert fleet.peer_of(member).latency_s == latency_s

@@ -25,8 +25,8 @@ some_name = st.sampled_from(["a", "b", "c", "d"])
 some_role = st.sampled_from(Role)
 
 
-KEPT_VAULT, KEPT_PEER = LinkCurve(0.7, 7e-9), LinkCurve(0.8, 8e-9)
-# Of one kind of hardware.
+# Of one kind of hardware, and less than anybody tells.
+KEPT_VAULT, KEPT_PEER = LinkCurve(0.002, 2e-10), LinkCurve(0.003, 3e-10)
 KEPT = {
     "cpu, vault": KeptLink(KEPT_VAULT.latency_s, KEPT_VAULT.per_byte_s, 9),
     "cpu, peer": KeptLink(KEPT_PEER.latency_s, KEPT_PEER.per_byte_s, 9),
@@ -55,8 +55,16 @@ class Nowhere:
     def close(self) -> None: ...
 
 
-def fetches(member: Member) -> int:
-    return member.load.tiers[Tier.VAULT].samples if Tier.VAULT in member.load.tiers else 0
+def fetches(member: Member, of_lossy: bool = False) -> int:
+    told = member.load.tiers.get(Tier.VAULT)
+    counted = told.lossy if told is not None and of_lossy else told
+    return 0 if counted is None else counted.samples
+
+
+def vault_of(member: Member) -> TierView:
+    """As it tells of it."""
+    views = view_of(member, NOTHING).tiers
+    return next(view for view in views if view.tier is Tier.VAULT)
 
 
 class PoolsAgainstMembers(RuleBasedStateMachine):
@@ -69,7 +77,8 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         self.pools = Pools(self.members, lambda epoch: self.sent.get(epoch, NOTHING), KEPT)
         self.links: dict[tuple[str, str], LinkCurve] = {}
         self.shown: list[tuple[Snapshot, list[object], Floats]] = []
-        self.fetched: list[Member] = []
+        # Of exact blocks, and of lossy ones.
+        self.fetched: tuple[list[Member], list[Member]] = ([], [])
 
     @rule(
         name=some_name,
@@ -112,7 +121,7 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         tiers=st.sets(some_behind),
         unnamed=st.integers(0, 1),
         samples=st.integers(0, 9),
-        lossy=st.booleans(),
+        lossy=st.none() | st.integers(0, 9),
         borrowed=st.none() | st.integers(1, 9),
     )
     def report(
@@ -123,19 +132,20 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
         tiers: set[Tier],
         unnamed: int,
         samples: int,
-        lossy: bool,
+        lossy: int | None,
         borrowed: int | None,
     ) -> None:
         if member := self.members.get(name):
             # No two replicas know the same.
             latency_s = 0.01 + ord(name) / 1000 + samples / 100
-            rounded = LossyLoad(latency_s / 2, 1e-9) if lossy else None
+            rounded = None if lossy is None else LossyLoad(latency_s / 2, 1e-9, lossy)
             told = {tier: TierLoad(9, unnamed, latency_s, 1e-9, samples, rounded) for tier in tiers}
-            before = fetches(member)
+            before = fetches(member), fetches(member, of_lossy=True)
             peer = None if borrowed is None else FetchLoad(latency_s, 3e-9, borrowed)
             member.receive(Load(waiting=waiting, draining=draining, tiers=told, peer=peer))
-            if fetches(member) != before:
-                self.fetched.append(member)
+            for of_lossy in (False, True):
+                if fetches(member, of_lossy) != before[of_lossy]:
+                    self.fetched[of_lossy].append(member)
 
     @rule(name=some_name, requests=st.integers(0, 3), tokens=st.integers(0, 9000))
     def send(self, name: str, requests: int, tokens: int) -> None:
@@ -223,14 +233,19 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
             assert all(map(np.array_equal, kept.tiers[1:], anew.tiers[1:]))
 
     def told(self, member: Member, row: ReplicaView, lossy: bool) -> ReplicaView:
-        """All go by whoever beside them fetched from the vault last; where that was seldom, by what
-        is kept of their hardware; and who allows a lossy codec by what that costs."""
-        shown = [*self.routable(Role.DECODE), *self.routable(Role.PREFILL)]
-        last = next((m for m in reversed(self.fetched) if m in shown and fetches(m)), None)
-        if Tier.VAULT in member.load.tiers and last is not None:
+        """All go by whoever beside them fetched from the vault last, and by who last fetched what a
+        lossy codec stored; where that was seldom, by what is kept of their hardware; and who allows
+        a lossy codec by what that costs."""
+        last, last_lossy = self.last_to_fetch(False), self.last_to_fetch(True)
+        if Tier.VAULT in member.load.tiers:
             own = {view.tier: view for view in row.tiers}
-            its = {view.tier: view for view in view_of(last, NOTHING).tiers}
-            row = replace(row, tiers=tuple((own | {Tier.VAULT: its[Tier.VAULT]}).values()))
+            shown = own[Tier.VAULT]
+            if last is not None:
+                its = vault_of(last)
+                shown = replace(its, lossy=shown.lossy or its.lossy)
+            if last_lossy is not None:
+                shown = replace(shown, lossy=vault_of(last_lossy).lossy)
+            row = replace(row, tiers=tuple((own | {Tier.VAULT: shown}).values()))
         peer = member.load.peer
         if peer is not None:
             row = replace(row, peer=LinkCurve(peer.latency_s, peer.per_byte_s))
@@ -246,6 +261,11 @@ class PoolsAgainstMembers(RuleBasedStateMachine):
                 for view in behind
             )
         return replace(row, tiers=behind)
+
+    def last_to_fetch(self, of_lossy: bool) -> Member | None:
+        shown = [*self.routable(Role.DECODE), *self.routable(Role.PREFILL)]
+        of_late = reversed(self.fetched[of_lossy])
+        return next((m for m in of_late if m in shown and fetches(m, of_lossy)), None)
 
     def routable(self, role: Role) -> list[Member]:
         """Who finishes up gets work only where nobody else could give tokens."""

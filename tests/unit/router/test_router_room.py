@@ -29,7 +29,13 @@ EMPTY = Crowd(computing=2, urgent_prompts=0, batch_prompts=0, streams=0, seats=3
             "others are as old",
             replace(EMPTY, urgent_prompts=9, old_prompts=2),
             90.0,
-            Turn(False, Why.PROMPTS),
+            Turn(False, Why.BATCH_PROMPTS),
+        ),
+        (
+            "others are as old, and nobody else is there",
+            replace(EMPTY, batch_prompts=2, old_prompts=2),
+            90.0,
+            Turn(False, Why.BATCH_PROMPTS),
         ),
         ("batch prompts", replace(EMPTY, batch_prompts=4), 0.0, Turn(False, Why.BATCH_PROMPTS)),
         ("half of the seats", replace(EMPTY, streams=16), 0.0, Turn(False, Why.SEATS)),
@@ -73,6 +79,8 @@ def test_nobody_waits_longer_than_the_age(
     its_turn = waited_s >= bounds.max_age_s and crowd.old_prompts < crowd.computing
     assert turn.begun or not its_turn
     assert (turn.why is Why.AGE) == its_turn
+    if waited_s >= bounds.max_age_s and crowd.computing:
+        assert turn.begun == its_turn
 
 
 @given(crowd=CROWDS, bounds=LIMITS, more=CROWDS)

@@ -2,10 +2,13 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from kv.catalogue import Tier
+from kv.codecs.codec import CodecName
 from kv.plan import Plan, Reason, Shape, Source, Span
 from router.audit import Record
 from router.metrics import PolicyMetrics
@@ -56,6 +59,16 @@ async def test_a_shadow_is_told_apart_by_replicas_and_shape(made: Plan, outcome:
     record = await shadowed(answering(made))
     assert record.shadow is not None
     assert (record.shadow.outcome, record.shadow.plan) == (outcome, made)
+
+
+async def test_a_shadow_s_plan_names_the_codec_that_it_would_fetch_by() -> None:
+    """As the live one does: equal plans look equal."""
+    spans = (Span(Source.FETCH, 0, 4, "decode-0", Tier.VAULT),)
+    made = replace(ANSWERED, spans=spans)
+    record = await shadowed(answering(made), replace(CHOICE, codec=CodecName.INT8))
+    assert record.shadow is not None
+    assert record.shadow.plan == made.coded(CodecName.INT8)
+    assert record.shadow.plan != made
 
 
 async def test_a_shadow_that_raises_is_counted_and_logged_once(

@@ -36,12 +36,12 @@ def test_who_fetched_seldom_goes_by_what_those_like_it_knew(
 ) -> None:
     """Tier by tier, lossy blocks and those of peers apart: until it can tell a new level from an
     outlier. What it holds, and how often it has fetched, is its own."""
-    every = {tier: told(0.5 + at, 50, 50) for at, tier in enumerate(TIERS)}
-    kept = worth_keeping([member("old", every, peer=FetchLoad(9.0, 3e-9, 50))])
+    every = {tier: told(0.001 * (1 + at), 50, 50) for at, tier in enumerate(TIERS)}
+    kept = worth_keeping([member("old", every, peer=FetchLoad(0.001, 1e-9, 50))])
     asks = member(
         "new",
-        {tier: told(0.001, n, lossy) for tier, n in samples.items()},
-        peer=FetchLoad(0.001, 1e-9, peer),
+        {tier: told(0.5, n, lossy) for tier, n in samples.items()},
+        peer=FetchLoad(9.0, 3e-9, peer),
     )
     known = tiers_of(asks.replica, asks.load.tiers, kept)
     assert list(known) == list(asks.load.tiers)
@@ -55,7 +55,17 @@ def test_who_fetched_seldom_goes_by_what_those_like_it_knew(
         assert shown is not None
         assert curve_of(shown) == curve_of(of_own if lossy >= SHIFT_AFTER else of_old)
     lent = peer_of(asks.replica, asks.load.peer, kept)
-    assert lent.latency_s == (0.001 if peer >= SHIFT_AFTER else 9.0)
+    assert lent.latency_s == (9.0 if peer >= SHIFT_AFTER else 0.001)
+
+
+def test_what_was_slow_once_is_tried_again() -> None:
+    """By whoever knows nothing of it: priced by that it would not be fetched from, and nobody would
+    learn that it is fast now."""
+    every = {tier: told(5.0, 50, 50) for tier in TIERS}
+    kept = worth_keeping([member("old", every, peer=FetchLoad(9.0, 3e-9, 50))])
+    asks = member("new", {tier: told(0.02, 0, 0) for tier in TIERS}, peer=None)
+    assert tiers_of(asks.replica, asks.load.tiers, kept) == asks.load.tiers
+    assert curve_of(peer_of(asks.replica, None, kept)) == GUESSES[Tier.PEER]
 
 
 def test_another_s_hardware_or_codec_says_nothing() -> None:
@@ -63,10 +73,10 @@ def test_another_s_hardware_or_codec_says_nothing() -> None:
     every = {tier: told(0.5, 50, 50) for tier in TIERS}
     for hardware, share in (("gpu", 0.3), ("", 0.3)):
         kept = worth_keeping([member("old", every, hardware), member("x", every, "")])
-        asks = member("new", {Tier.VAULT: told(0.001, 0, 0, share)})
+        asks = member("new", {Tier.VAULT: told(5.0, 0, 0, share)})
         assert tiers_of(asks.replica, asks.load.tiers, kept) == asks.load.tiers
     kept = worth_keeping([member("old", every)])
-    asks = member("new", {Tier.VAULT: told(0.001, 0, 0, 0.6)})
+    asks = member("new", {Tier.VAULT: told(5.0, 0, 0, 0.6)})
     known = tiers_of(asks.replica, asks.load.tiers, kept)[Tier.VAULT]
     assert known.latency_s == 0.5
     assert known.lossy == asks.load.tiers[Tier.VAULT].lossy

@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from kv.catalogue import Tier
 from workers.counters import FAILED, PROMOTED, Counters
 from workers.tiers import TIERED_CONNECTOR
@@ -22,39 +24,25 @@ def step(counters: Counters, promoted: dict[tuple[str, ...], float], failed: int
     counters.observe(stats)
 
 
-def made() -> Counters:
+def test_a_disk_s_copies_are_told_and_a_vault_and_peers_tell_their_own() -> None:
+    """vLLM tells sums over what ended in a step, which of a vault and peers make no curve; they
+    are counted."""
     counters = Counters((Tier.HOST, Tier.DISK, Tier.VAULT), lambda: 100.0)
-    for _ in range(2):
-        step(counters, {})
-    return counters
-
-
-def test_what_comes_from_a_peer_moves_its_curve() -> None:
-    """And only that; its bytes are counted."""
-    counters = made()
     for _ in range(5):
-        step(counters, {PEER: 0.9})
-    told = counters.fetches.peer()
-    assert told is not None
-    assert told.samples >= 3
-    assert 0.7 < told.latency_s + told.per_byte_s * N_BYTES < 1.1
-    assert counters.fetches.load(Tier.DISK, 0, 0).samples == 0
-    assert counters.frozen().peer_loaded_bytes == 5 * N_BYTES
-
-
-def test_a_load_that_was_cut_short_says_nothing_of_a_peer_s_link() -> None:
-    """It took as long as it was let, for a part of its bytes."""
-    counters = made()
-    for _ in range(5):
-        step(counters, {PEER: 5.0}, failed=1)
-    assert counters.fetches.peer() is None
-    assert counters.frozen().failed_loads == 5
-
-
-def test_a_disk_s_copies_are_told_and_a_vault_tells_its_own() -> None:
-    """Which of them were of smaller frames only the vault knows."""
-    counters = made()
-    for _ in range(5):
-        step(counters, {DISK: 5.0, VAULT: 5.0})
+        step(counters, {DISK: 5.0, VAULT: 5.0, PEER: 5.0}, failed=1)
     assert counters.fetches.load(Tier.DISK, 0, 0).samples >= 3
     assert counters.fetches.load(Tier.VAULT, 0, 0).samples == 0
+    assert counters.fetches.peer() is None
+    assert counters.frozen().peer_loaded_bytes == 5 * N_BYTES
+    assert counters.frozen().failed_loads == 15
+
+
+@pytest.mark.parametrize(("told", "counted"), [([1, 1, 1, 1], 1), ([1], 1), ([2, 2, 1, 2], 2)])
+def test_what_all_ranks_of_an_engine_tell_counts_once(told: list[int], counted: int) -> None:
+    """Each has its part of a read, or of a lease, and the same end of it."""
+    counters = Counters((), lambda: 100.0, ranks=4)
+    seen = {"num_failed_transfers": told, "num_kv_expired_reqs": told, "bytes_transferred": [9] * 4}
+    counters.observe(SimpleNamespace(kv_connector_stats=seen))  # type: ignore[arg-type]
+    totals = counters.frozen()
+    assert (totals.failed_transfers, totals.expired_leases) == (counted, counted)
+    assert totals.transfer_bytes == 36
