@@ -9,7 +9,8 @@ has not shown for long neither freezes nor runs away.
 
 A sample that is far off is taken for an outlier and hardly counts. A few of them on one side, with
 none on the other, are a new level, which is believed at once: coefficients are scaled to what was
-seen since the first of them, and what was known of them is in doubt again.
+seen since the first of them, and what was known of them is in doubt again. What larger requests
+cost is then off by no more than those samples were.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kv.errors import CurveError
 
@@ -141,9 +143,20 @@ def _shifted(fit: Fit) -> Fit:
         left = np.concatenate([costs - np.log(predicted), -prior @ scales])
         step = np.linalg.lstsq(slopes, left, rcond=None)[0]
         scales = np.clip(scales + np.clip(step, -2.0, 2.0), -_MOST_OFF, _MOST_OFF)
+    if fit.alike and _overreaches(fit, scales):
+        scales = np.full(size, level)
     scaled = zip(fit.coefficients(), scales, strict=True)
     again = begin([c * exp(scale) for c, scale in scaled], fit.terms, fit.alike)
     return replace(again, shifts=fit.shifts + 1)
+
+
+def _overreaches(fit: Fit, scales: NDArray[np.float64]) -> bool:
+    """Whether a typical request would be dearer, or cheaper, by a ratio that no sample was off by.
+    Small ones show little of what large ones cost: the noise of a few may look like a term that is
+    tens of times as dear."""
+    weights = np.array(fit.weights)
+    ratio = log(float(weights @ np.exp(scales)) / float(weights.sum()))
+    return abs(ratio) > max(abs(seen.surprise) for seen in fit.recent)
 
 
 def _moved(fit: Fit, slopes: Sequence[float], off: float) -> tuple[Vector, Matrix]:

@@ -28,6 +28,8 @@ TYPICAL = prompt(1024)
 SIZES = [(64, 0), (256, 0), (1024, 0), (4096, 0), (64, 4096), (512, 2048)]
 # A small model on one core, and one on a GPU.
 SLOW, FAST = (0.05, 0.002, 1e-7), (0.01, 5e-6, 2e-10)
+# A toy, whose steps cost more than its tokens.
+SMALL = (0.007, 4e-5, 2e-9)
 MIB = 2**20
 LINK, TYPICAL_BYTES = (0.005, 1e-8), moved(46 * MIB)
 
@@ -120,6 +122,32 @@ def test_a_step_that_only_large_transfers_show_is_followed_among_small_ones() ->
             fit = observe(fit, terms, cost(slow, terms))
     assert fit.seconds(moved(40 * MIB)) == pytest.approx(cost(slow, moved(40 * MIB)), rel=0.2)
     assert fit.seconds(moved(2000)) == pytest.approx(cost(slow, moved(2000)), rel=0.5)
+
+
+def test_the_noise_of_small_prompts_says_little_of_large_ones() -> None:
+    """Three of 69 tokens that took four times as long, beside some of 5 that did not, made one of
+    3,000 ten times as dear: it is not much more than four times as dear now."""
+    fit, true = begin(SMALL, TYPICAL, alike=True), cost(SMALL, prompt(3000))
+    for new, cached, factor in [(5, 64, 1.0), *[(69, 0, 4.0)] * 3, (5, 64, 1.0)]:
+        terms = prompt(new, cached)
+        fit = observe(fit, terms, factor * cost(SMALL, terms))
+        assert fit.seconds(prompt(3000)) < 5.0 * true
+    assert fit.shifts == 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 200), st.floats(0.1, 10.0)), min_size=1, max_size=20))
+def test_no_level_changes_a_typical_request_by_more_than_samples_were_off(
+    seen: list[tuple[int, float]],
+) -> None:
+    """Whatever small prompts took."""
+    fit = begin(SLOW, TYPICAL, alike=True)
+    for new, factor in seen:
+        before, off = fit, abs(log(factor * cost(SLOW, prompt(new)) / fit.seconds(prompt(new))))
+        offs = [abs(each.surprise) for each in fit.recent]
+        fit = observe(fit, prompt(new), factor * cost(SLOW, prompt(new)))
+        if fit.shifts > before.shifts:
+            moved_by = abs(log(fit.seconds(TYPICAL) / before.seconds(TYPICAL)))
+            assert moved_by <= max(off, *offs) + 1e-6
 
 
 @pytest.mark.parametrize("factor", [100.0, 0.01])
