@@ -44,6 +44,13 @@ class Question:
             self._deadline_s = now_s + self._timeout_s
         return min(self._deadline_s, now_s + self._answer_s)
 
+    @property
+    def answer_by_s(self) -> float:
+        """By when the peer must have answered what it is asked now, or it has failed. That nobody
+        waits for its work any more is no failing of its: what is under way as that time ends may
+        take as long as any."""
+        return time.monotonic() + self._answer_s if self.work else self.deadline_s
+
     def look(self, key: bytes) -> bool | None:
         """Whether the peer has a block; None while it has not said, or computes it."""
         if self.line.resting:
@@ -75,7 +82,7 @@ class Finding:
     @property
     def deadline_s(self) -> float:
         """Of the exchange that is under way, or comes next."""
-        return self._question.deadline_s
+        return self._question.answer_by_s
 
     def over(self) -> bool:
         return self._question.failed

@@ -64,7 +64,7 @@ class Load:
         verifying: ThreadPoolExecutor,
     ) -> None:
         self.job, self.question, self._host = job, question, host
-        self.deadline_s, self.began_s = question.deadline_s, time.monotonic()
+        self.deadline_s, self.began_s = question.answer_by_s, time.monotonic()
         self._verifying = verifying
         rows = job.chunk_ids.tolist()
         self._row_bytes = view.strides[0] if view.strides else 0

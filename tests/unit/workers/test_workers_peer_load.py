@@ -31,7 +31,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Load]]:
         monkeypatch.setattr(tier, "fetch", fetch)
         keys = [bytes([at]) * 32 for at in range(BLOCKS)]
         job: Any = SimpleNamespace(job_id=1, keys=keys, chunk_ids=np.arange(BLOCKS))
-        question: Any = SimpleNamespace(deadline_s=time.monotonic() + 9, failed=False, answers={})
+        question: Any = SimpleNamespace(answer_by_s=time.monotonic() + 9, failed=False, answers={})
         return Load(job, question, memory, host, verifying)
 
     with ThreadPoolExecutor(1) as verifying:

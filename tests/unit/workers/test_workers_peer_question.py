@@ -23,6 +23,7 @@ class Peer:
         self.asked: list[wire.Find] = []
         self.complaints: list[str] = []
         self.answers_less = 0
+        self.left_s: list[float] = []
 
     def rest(self, complaint: str) -> None:
         self.complaints.append(complaint)
@@ -34,6 +35,7 @@ class Peer:
         self.asked.append(find)
 
     def answer(self, kind: type[wire.Found], number: int, deadline_s: float) -> wire.Found:
+        self.left_s.append(deadline_s - time.monotonic())
         find = self.asked[number]
         keys = find.keys[: len(find.keys) - self.answers_less]
         return wire.Found(number, tuple(key in self.here for key in keys), self.ended)
@@ -69,6 +71,16 @@ def test_blocks_on_their_way_are_asked_for_until_they_are_there() -> None:
     asked = [(b"a", b"b", b"c"), (b"b", b"c"), (b"b", b"c"), (b"c",)]
     assert [find.keys for find in peer.asked] == asked
     assert {find.work for find in peer.asked} == {"r.0"}
+
+
+def test_a_question_that_ends_is_no_failure_of_a_peer_that_answers() -> None:
+    """What is under way as a head's time ends has as long as any exchange; where nothing is
+    computed for it, the question's own time is what a peer has."""
+    for work, least_s, most_s in (("r.0", 0.9, 1.0), ("", 0.0, 0.05)):
+        peer = Peer(b"a")
+        look(asking(peer, timeout_s=0.05, answer_s=1.0, work=work), peer, b"a")
+        [left_s] = peer.left_s
+        assert least_s < left_s <= most_s
 
 
 def test_what_is_not_there_at_the_end_never_comes() -> None:
