@@ -307,7 +307,9 @@ def _priced(
     beside_s = weight * rest_s + of_d[OWN_S] - of_d[QUEUE_S]
     beside_s += ends.pushed_s[ends.decode]
     if question.moving_price:
-        beside_s += question.moving_price * _moved_s(question, of_d, tiers, ends, place, reach)
+        # What would move if the split were at token 0; the sides charge for where it is.
+        tail_s, handoff_s = sides.tail_s[:, 0] - of_d[QUEUE_S], (sides.head_s - heads.begin_s)[:, 0]
+        beside_s += question.moving_price * (tail_s + handoff_s + ends.own_s[ends.decode])
     cost_s = sides.cost(at) + beside_s[:, None] + heads.charged_s
     cost_s[(low > high) | (reach - has_d > ends.room_tokens)[:, None]] = np.inf
     return _Priced(sides, at, cost_s, reach, rest_s)
@@ -341,22 +343,6 @@ def _sides(
         price_per_token_s=price_per_token_s,
         price_per_token2_s=price * heads.per_token2_s,
     )
-
-
-def _moved_s(
-    question: Question,
-    of_d: Floats,
-    tiers: TierColumns,
-    ends: _Ends,
-    place: int,
-    reach: Floats,
-) -> Floats:
-    """Seconds in which blocks move to each decode replica, whose split were at token 0."""
-    d, token_bytes = ends.decode, question.snapshot.kv_bytes_per_token
-    tail_s = tiers.latency_s[place, d] + tiers.per_byte_s[place, d] * token_bytes * reach
-    head_s = of_d[PEER_LATENCY_S] - of_d[PEER_PER_BYTE_S] * token_bytes * ends.has_tokens[d]
-    moved_s: Floats = tail_s + head_s + ends.own_s[d]
-    return moved_s
 
 
 def _compute_s(loads: Floats, end: "int | float | Floats", behind: Floats) -> Floats:
