@@ -10,19 +10,20 @@ has not shown for long neither freezes nor runs away.
 A sample that is far off is taken for an outlier and hardly counts. A few of them on one side, with
 none on the other, are a new level, which is believed at once: coefficients are scaled to what was
 seen since the first of them, and what was known of them is in doubt again. What larger requests
-cost is then off by no more than those samples were.
+cost is then off by no more than those samples were; and where those were much smaller, they are
+taken for what they were: so many seconds more or less, not so many times as dear.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import exp, isfinite, log
+from math import copysign, exp, isfinite, log
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kv.errors import CurveError
+from kv.scales import scales_of
 
 Vector = tuple[float, ...]
 Matrix = tuple[Vector, ...]
@@ -40,8 +41,10 @@ _OF_SHARE, _BESIDE, _NOISE_VARIANCE = 0.4, 0.03, 0.04
 # A sample is taken to be off by at most so much; one of less than a nanosecond measured nothing. A
 # request that costs a thousandth of a typical one says all that smaller ones could.
 _MOST_OFF, _LEAST_S, _STEEPEST = log(1e6), 1e-9, 1e3
-# At a new level: what keeps scales apart from what nothing shows, against a sample; and steps.
-_RIDGE, _STEPS = 0.1, 8
+# A new level changes a typical request by at most so many times the seconds that samples were off:
+# those of half its cost and more tell of it as of themselves. Of the constant's share it leaves so
+# much.
+_TELLS, _LEFT = 2.0, 0.1
 
 
 class Seen(NamedTuple):
@@ -52,15 +55,23 @@ class Seen(NamedTuple):
     cost: float
     surprise: float
 
+    @property
+    def predicted(self) -> float:
+        """What an outlier was predicted to take, over a typical request's seconds."""
+        return exp(self.cost - self.surprise)
+
+    @property
+    def more(self) -> float:
+        """What it took beyond that."""
+        return exp(self.cost) - self.predicted
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:
     """What is known of one curve.
 
     `weights` are what each term costs a typical request, over its `typical_s`; `covariance` is
-    theirs, over their `spreads`. `recent` are the last samples; `shifts` counts new levels. With
-    `alike` a new level is taken to scale all terms unless samples show otherwise, as where a
-    machine became slower; without it, those terms that it shows in, as on a link.
+    theirs, over their `spreads`. `recent` are the last samples; `shifts` counts new levels.
     """
 
     terms: Vector
@@ -68,7 +79,6 @@ class Fit:
     weights: Vector
     spreads: Vector
     covariance: Matrix
-    alike: bool
     recent: tuple[Seen, ...] = ()
     shifts: int = 0
 
@@ -82,7 +92,7 @@ class Fit:
         return sum(c * term for c, term in zip(self.coefficients(), terms, strict=True))
 
 
-def begin(coefficients: Sequence[float], typical: Sequence[float], alike: bool) -> Fit:
+def begin(coefficients: Sequence[float], typical: Sequence[float]) -> Fit:
     """A fit that predicts as these coefficients do; `typical` are the terms of a request by which
     it is known what is much.
 
@@ -99,7 +109,7 @@ def begin(coefficients: Sequence[float], typical: Sequence[float], alike: bool) 
     spreads = tuple(_OF_SHARE * weight + _BESIDE for weight in weights)
     size = range(len(parts))
     start = tuple(tuple(float(i == j) for j in size) for i in size)
-    return Fit(tuple(typical), seconds, weights, spreads, start, alike)
+    return Fit(tuple(typical), seconds, weights, spreads, start)
 
 
 def observe(fit: Fit, terms: Sequence[float], seconds: float, patience: int = SHIFT_AFTER) -> Fit:
@@ -127,36 +137,55 @@ def _is_level(recent: Sequence[Seen], patience: int) -> bool:
 
 
 def _shifted(fit: Fit) -> Fit:
-    """Coefficients scaled to the samples since the first outlier: least squares of what is left of
-    their logarithms, by Gauss and Newton, over the logarithms of the scales."""
+    """Coefficients scaled to the samples since the first outlier."""
     first = next(at for at, seen in enumerate(fit.recent) if seen.surprise)
-    recent, size = fit.recent[first:], len(fit.weights)
-    shares = np.array([seen.shares for seen in recent])
-    costs = np.array([seen.cost for seen in recent])
-    prior = _RIDGE * (np.eye(size) - fit.alike / size)
-    level = median(seen.surprise for seen in recent if seen.surprise)
-    scales = np.full(size, level if fit.alike else 0.0)
-    for _ in range(_STEPS):
-        parts = shares * np.array(fit.weights) * np.exp(scales)
-        predicted = parts.sum(axis=1)
-        slopes = np.vstack([parts / predicted[:, None], prior])
-        left = np.concatenate([costs - np.log(predicted), -prior @ scales])
-        step = np.linalg.lstsq(slopes, left, rcond=None)[0]
-        scales = np.clip(scales + np.clip(step, -2.0, 2.0), -_MOST_OFF, _MOST_OFF)
-    if fit.alike and _overreaches(fit, scales):
-        scales = np.full(size, level)
-    scaled = zip(fit.coefficients(), scales, strict=True)
-    again = begin([c * exp(scale) for c, scale in scaled], fit.terms, fit.alike)
+    level = median(seen.surprise for seen in fit.recent if seen.surprise)
+    parts = np.array([seen.shares for seen in fit.recent[first:]]) * np.array(fit.weights)
+    costs = np.array([seen.cost for seen in fit.recent[first:]])
+    again = _scaled(fit, scales_of(parts, costs, level))
+    if _overreaches(fit, again, level):
+        again = _nearer(fit, level)
     return replace(again, shifts=fit.shifts + 1)
 
 
-def _overreaches(fit: Fit, scales: NDArray[np.float64]) -> bool:
-    """Whether a typical request would be dearer, or cheaper, by a ratio that no sample was off by.
-    Small ones show little of what large ones cost: the noise of a few may look like a term that is
-    tens of times as dear."""
-    weights = np.array(fit.weights)
-    ratio = log(float(weights @ np.exp(scales)) / float(weights.sum()))
-    return abs(ratio) > max(abs(seen.surprise) for seen in fit.recent)
+def _scaled(fit: Fit, scales: Iterable[float]) -> Fit:
+    pairs = zip(fit.coefficients(), scales, strict=True)
+    return begin([c * exp(scale) for c, scale in pairs], fit.terms)
+
+
+def _overreaches(fit: Fit, again: Fit, level: float) -> bool:
+    """Whether a typical request would become dearer, or cheaper, by a greater ratio than the
+    largest sample was off by, or by many more seconds; or cheaper for samples that were dearer, or
+    the reverse. Small ones show little of what large ones cost: the noise of a few may look like a
+    term that is tens of times as dear, or as cheap."""
+    before_s = fit.seconds(fit.terms)
+    largest = max((seen for seen in fit.recent if seen.surprise), key=lambda seen: seen.predicted)
+    ratio = copysign(1.0, level) * log(again.typical_s / before_s)
+    if not 0.0 <= ratio <= abs(largest.surprise):
+        return True
+    return abs(again.typical_s - before_s) > _TELLS * abs(largest.more) * fit.typical_s
+
+
+def _nearer(fit: Fit, level: float) -> Fit:
+    """Of two ways to account for what samples were off by, that which changes a typical request
+    less: all terms by as many times, or the constant by as many seconds."""
+    ways = (_scaled(fit, [level] * len(fit.weights)), _constant(fit))
+    return min(ways, key=lambda each: abs(log(each.typical_s / fit.seconds(fit.terms))))
+
+
+def _constant(fit: Fit) -> Fit:
+    """With the constant changed by what the middle sample was off; what that cannot account for
+    scales all other terms."""
+    outliers = sorted((seen for seen in fit.recent if seen.surprise), key=lambda seen: seen.more)
+    middle, constant = outliers[len(outliers) // 2], fit.weights[0]
+    took, others = exp(middle.cost), middle.predicted - constant
+    first, rest = constant + middle.more, 1.0
+    least = _LEFT * constant / middle.predicted * took
+    if first < least:
+        first, rest = least, (took - least) / others
+    coefficients = [c * rest for c in fit.coefficients()]
+    coefficients[0] = first * fit.typical_s / fit.terms[0]
+    return begin(coefficients, fit.terms)
 
 
 def _moved(fit: Fit, slopes: Sequence[float], off: float) -> tuple[Vector, Matrix]:

@@ -86,9 +86,9 @@ class Speeds:
         measured = self._measured[kind]
         if live is None:
             live = self._live[replica.epoch] = LivePrefill(measured.curve, self._retry_s)
-        live.saw(sample, now_s)
+        borne_out = live.saw(sample, now_s) and live.samples >= _SHARED_AFTER
         curve = live.curve(now_s)
-        if live.samples < _SHARED_AFTER or _SHARED * _typical_s(curve) > _typical_s(measured.curve):
+        if not borne_out or _SHARED * _typical_s(curve) > _typical_s(measured.curve):
             return False
         self._shared[kind] = curve
         self._measured[kind] = replace(measured, curve=curve)

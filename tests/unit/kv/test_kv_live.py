@@ -80,6 +80,32 @@ def test_each_bad_trial_doubles_the_time_to_the_next() -> None:
     assert off(live, at_s + 3.0 * MOST_RETRY_S) < 2.5
 
 
+def test_small_prompts_that_were_fast_are_not_what_long_ones_are_at_their_best() -> None:
+    """Three of 5 tokens at a sixth make long ones look as cheap until those are seen; then they
+    are not told as that cheap again."""
+    true = PrefillCurve(0.007, 4e-5, 2e-9)
+    live = LivePrefill(true)
+    for number in range(3):
+        assert not live.saw(PrefillSample(5, 64, true.seconds(5, 64) / 6.0), float(number))
+    for number in range(3, 9):
+        live.saw(PrefillSample(3000, 0, true.seconds(3000, 0)), float(number))
+    for now_s in (9.0, 3600.0):
+        assert live.curve(now_s).seconds(3000, 0) == pytest.approx(true.seconds(3000, 0), rel=0.3)
+
+
+def test_small_prompts_do_not_keep_a_replica_from_long_ones() -> None:
+    """Whose tokens were dear is tried again, however many small prompts come meanwhile, which show
+    nothing of it."""
+    true = PrefillCurve(0.007, 4e-5, 2e-9)
+    live, at_s = LivePrefill(true), 0.0
+    for at_s in range(4):
+        live.saw(PrefillSample(3000, 0, 10.0 * true.seconds(3000, 0)), at_s)
+    assert live.curve(at_s).seconds(3000, 0) > 5.0 * true.seconds(3000, 0)
+    for at_s in range(4, 40):
+        live.saw(PrefillSample(5, 64, live.curve(at_s).seconds(5, 64)), at_s)
+    assert live.curve(at_s).seconds(3000, 0) < 2.0 * true.seconds(3000, 0)
+
+
 def test_a_trial_that_hung_says_nothing_yet() -> None:
     """A single bad transfer after a pause does not shut a good link."""
     live = LiveLink(LINK, BYTES)
