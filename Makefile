@@ -53,7 +53,7 @@ chart: tools ## write what is made from the chart: its schema of values, and k8s
 	@$(BIN)/python scripts/chart.py manifests --helm "$(CACHE)/tools/helm3/helm"
 	@$(BIN)/python scripts/dashboards.py
 
-check: setup-dev ## format, lint, types, layers and unit tests, in under a minute
+check: setup-dev ## format, lint, types, layers and unit tests, in two to three minutes
 	$(call step,format,$(BIN)/ruff format --check .)
 	$(call step,lint,$(BIN)/ruff check .)
 	$(call step,types,$(BIN)/mypy)

@@ -10,7 +10,7 @@ has not shown for long neither freezes nor runs away.
 A sample that is far off is taken for an outlier and hardly counts. A few of them on one side, with
 none on the other, are a new level, which is believed at once: coefficients are scaled to what was
 seen since the first of them, and what was known of them is in doubt again. What larger requests
-cost is then off by no more than those samples were; and where those were much smaller, they are
+cost is then off by little more than those samples were; and where those were much smaller, they are
 taken for what they were: so many seconds more or less, not so many times as dear.
 """
 
@@ -42,9 +42,9 @@ _OF_SHARE, _BESIDE, _NOISE_VARIANCE = 0.4, 0.03, 0.04
 # request that costs a thousandth of a typical one says all that smaller ones could.
 _MOST_OFF, _LEAST_S, _STEEPEST = log(1e6), 1e-9, 1e3
 # A new level changes a typical request by at most so many times the seconds that samples were off:
-# those of half its cost and more tell of it as of themselves. Of the constant's share it leaves so
-# much.
-_TELLS, _LEFT = 2.0, 0.1
+# those of half its cost and more tell of it as of themselves; and by a ratio whose logarithm is so
+# many times theirs. Of the constant's share it leaves so much.
+_TELLS, _BEYOND, _LEFT = 2.0, 1.25, 0.1
 
 
 class Seen(NamedTuple):
@@ -139,11 +139,13 @@ def _is_level(recent: Sequence[Seen], patience: int) -> bool:
 def _shifted(fit: Fit) -> Fit:
     """Coefficients scaled to the samples since the first outlier."""
     first = next(at for at, seen in enumerate(fit.recent) if seen.surprise)
-    level = median(seen.surprise for seen in fit.recent if seen.surprise)
+    outliers = [seen for seen in fit.recent if seen.surprise]
+    level = median(seen.surprise for seen in outliers)
+    largest = max(outliers, key=lambda seen: seen.predicted)
     parts = np.array([seen.shares for seen in fit.recent[first:]]) * np.array(fit.weights)
     costs = np.array([seen.cost for seen in fit.recent[first:]])
     again = _scaled(fit, scales_of(parts, costs, level))
-    if _overreaches(fit, again, level):
+    if _overreaches(fit, again, largest):
         again = _nearer(fit, level)
     return replace(again, shifts=fit.shifts + 1)
 
@@ -153,15 +155,14 @@ def _scaled(fit: Fit, scales: Iterable[float]) -> Fit:
     return begin([c * exp(scale) for c, scale in pairs], fit.terms)
 
 
-def _overreaches(fit: Fit, again: Fit, level: float) -> bool:
-    """Whether a typical request would become dearer, or cheaper, by a greater ratio than the
-    largest sample was off by, or by many more seconds; or cheaper for samples that were dearer, or
-    the reverse. Small ones show little of what large ones cost: the noise of a few may look like a
-    term that is tens of times as dear, or as cheap."""
+def _overreaches(fit: Fit, again: Fit, largest: Seen) -> bool:
+    """Whether a typical request would become dearer, or cheaper, by a much greater ratio than the
+    largest outlier was off by, or by many more seconds; or cheaper where that was dearer, or the
+    reverse. Small ones show little of what large ones cost: the noise of a few may look like a term
+    that is tens of times as dear, or as cheap."""
     before_s = fit.seconds(fit.terms)
-    largest = max((seen for seen in fit.recent if seen.surprise), key=lambda seen: seen.predicted)
-    ratio = copysign(1.0, level) * log(again.typical_s / before_s)
-    if not 0.0 <= ratio <= abs(largest.surprise):
+    ratio = copysign(1.0, largest.surprise) * log(again.typical_s / before_s)
+    if not 0.0 <= ratio <= _BEYOND * abs(largest.surprise):
         return True
     return abs(again.typical_s - before_s) > _TELLS * abs(largest.more) * fit.typical_s
 
@@ -169,8 +170,9 @@ def _overreaches(fit: Fit, again: Fit, level: float) -> bool:
 def _nearer(fit: Fit, level: float) -> Fit:
     """Of two ways to account for what samples were off by, that which changes a typical request
     less: all terms by as many times, or the constant by as many seconds."""
-    ways = (_scaled(fit, [level] * len(fit.weights)), _constant(fit))
-    return min(ways, key=lambda each: abs(log(each.typical_s / fit.seconds(fit.terms))))
+    before_s = fit.seconds(fit.terms)
+    ways = _scaled(fit, [level] * len(fit.weights)), _constant(fit)
+    return min(ways, key=lambda each: abs(log(each.typical_s / before_s)))
 
 
 def _constant(fit: Fit) -> Fit:
