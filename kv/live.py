@@ -44,7 +44,8 @@ class _Live:
         self._first_retry_s = inf if retry_s is None else retry_s
         self._seen_at_s, self._told_at_s = 0.0, 0.0
         self._retry_s = self._first_retry_s
-        self.samples = 0
+        # `borne_out` are those that were not small, and as was known by then.
+        self.samples, self.borne_out = 0, 0
         self.points: deque[Point] = deque(maxlen=KEPT)
 
     @property
@@ -75,6 +76,7 @@ class _Live:
         known_s = self._fit.seconds(terms)
         borne_out = tells and known_s < WORSE * seconds and seconds < WORSE * known_s
         if borne_out:
+            self.borne_out += 1
             self._compare(trial)
         return borne_out
 

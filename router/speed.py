@@ -95,9 +95,17 @@ class Speeds:
         return True
 
     def of(self, replica: Replica, now_s: float) -> Speed:
-        """How fast a replica is that was learned."""
+        """How fast a replica is that was learned. What only small requests told of says little of
+        large ones: for those it is taken to be as fast as any of its kind."""
         measured, live = self._measured[_kind(replica)], self._live.get(replica.epoch)
-        return measured if live is None else replace(measured, curve=live.curve(now_s))
+        if live is None:
+            return measured
+        curve = live.curve(now_s)
+        if not live.borne_out:
+            per_token_s = min(curve.per_token_s, measured.curve.per_token_s)
+            per_token2_s = min(curve.per_token2_s, measured.curve.per_token2_s)
+            curve = replace(curve, per_token_s=per_token_s, per_token2_s=per_token2_s)
+        return replace(measured, curve=curve)
 
     def live(self, replica: Replica) -> LivePrefill | None:
         """What requests told of a replica."""

@@ -572,7 +572,7 @@ async def a_prefix_is_lent(stage: Stage) -> None:
     hints = Hints(n_tokens - 1, (Tier.PEER,), 10.0, prefill.replica.peer_address)
     sources = _by_source(await decode.run(Submit("v1", Role.DECODE, tokens, body, hints=hints)))
     whole = (n_tokens - 1) // stage.block_tokens * stage.block_tokens
-    assert sources == {"peer": whole, "computed": n_tokens - whole}
+    assert sources == {"peer": whole, "computed": n_tokens - whole}, sources
     await _close(prefill, decode)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 import zmq
@@ -205,12 +206,23 @@ def test_other_blocks_are_denied(far: str) -> None:
         pass
 
 
+def _stands(pid: int) -> bool:
+    """Whether each thread of a process is stopped or dead."""
+    try:
+        states = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):  # a thread that has just died
+        return False
+    return all(state.rpartition(")")[2].split()[0] in "TZX" for state in states)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_fetch_ends_by_its_deadline(number: signal.Signals) -> None:
     """Whatever became of the lender; a dead one is noticed before."""
     with lender(ROWS, ROW_BYTES) as (address, process), connected(address) as session:
         assert len(fetched(session, [key(1)])) == 1
         os.kill(process.pid, number)
+        # A thread on another core may answer before the signal reaches it.
+        await_that(lambda: _stands(process.pid), "all of the lender's threads stand", 5, 0.005)
         began = time.monotonic()
         with pytest.raises(PeerLostError):
             fetched(session, [key(row) for row in range(ROWS)], within_s=0.5)

@@ -74,6 +74,24 @@ def test_requests_tell_of_the_replica_that_served_them() -> None:
     assert speeds.of(slow, 4.0) == measured
 
 
+def test_small_requests_do_not_keep_what_others_of_its_kind_know_from_a_replica() -> None:
+    """Both probed themselves beside others; long prompts show one of them as twice as fast, and
+    the other has only had small ones: its long ones are taken to be as fast, its small ones as
+    seen."""
+    speeds, true = Speeds(), COSTS.prefill
+    one, other = (msgspec.structs.replace(_slowed(2.0), epoch=epoch) for epoch in "ab")
+    speeds.learn(one)
+    speeds.learn(other)
+    for number in range(4):
+        speeds.saw(other, PrefillSample(8, 64, 2.0 * true.seconds(8, 64)), float(number))
+    assert speeds.of(other, 4.0).curve.seconds(3000, 0) > 1.5 * true.seconds(3000, 0)
+    for number, new in enumerate((2000, 3000, 1000, 2500)):
+        speeds.saw(one, PrefillSample(new, 0, true.seconds(new, 0)), float(number))
+    told = speeds.of(other, 4.0).curve
+    assert told.seconds(3000, 0) == pytest.approx(true.seconds(3000, 0), rel=0.15)
+    assert told.seconds(8, 64) > 1.5 * true.seconds(8, 64)
+
+
 def test_a_probe_that_comes_later_does_not_overrule_requests() -> None:
     """Another of its kind that measured itself faster says nothing of one that requests tell of."""
     speeds = Speeds()
