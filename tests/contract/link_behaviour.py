@@ -568,10 +568,14 @@ async def a_prefix_is_lent(stage: Stage) -> None:
     prefill, decode = await _sides(stage)
     tokens, body = stage.prompt(18), stage.salted(6, _LENT)
     n_tokens = len(tokens) // TOKEN_BYTES
+    whole = (n_tokens - 1) // stage.block_tokens * stage.block_tokens
+    before = _in_host(prefill)
     await prefill.run(Submit("v0", Role.PREFILL, tokens, body, lends=True))
+    # Its answer does not wait for its last blocks to be there.
+    n_blocks = whole // stage.block_tokens
+    await prefill.until(lambda: len(_in_host(prefill) - before) >= n_blocks, "blocks to lend")
     hints = Hints(n_tokens - 1, (Tier.PEER,), 10.0, prefill.replica.peer_address)
     sources = _by_source(await decode.run(Submit("v1", Role.DECODE, tokens, body, hints=hints)))
-    whole = (n_tokens - 1) // stage.block_tokens * stage.block_tokens
     assert sources == {"peer": whole, "computed": n_tokens - whole}, sources
     await _close(prefill, decode)
 
@@ -604,6 +608,10 @@ def _held(told: list[Blocks]) -> set[tuple[Tier, bytes]]:
         held = set() if blocks.snapshot else held - removed
         held |= {(blocks.tier, key) for key in split_keys(blocks.stored)}
     return held
+
+
+def _in_host(side: Side) -> set[bytes]:
+    return {key for tier, key in _held(side.heard.blocks()) if tier is Tier.HOST}
 
 
 async def _close(*sides: Side) -> None:
