@@ -4,7 +4,7 @@ A curve that turned out worse than it once was keeps away the requests that woul
 good again. So while nobody uses it, it is told as better and better, until it is tried; then a
 single good sample is believed. Each trial that only confirms it doubles the time to the next. With
 a `retry_s` of None nothing is tried again. Its best is what requests bore out that were not small:
-how fast a small one was says little of large ones.
+how fast a small one was says little of large ones, however dear the constant is that both pay.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ RETRY_S, MOST_RETRY_S = 5.0, 600.0
 # So many times as much as at its best is worse. Where what is seen stays above that, each sample
 # that is no trial makes the best worse, by so much of itself at most.
 WORSE, RELAX = 1.5, 0.01
-# A request that costs less of a typical one is small.
+# A request that costs less of a typical one, the constant left out, is small.
 SMALL = 0.25
 # Samples that are kept to be shown.
 KEPT = 64
@@ -61,8 +61,9 @@ class _Live:
     def _saw(self, terms: Vector, seconds: float, now_s: float) -> bool:
         """Learn from one request; whether it bears out what is known of a typical one."""
         before, fit = self._fit, self._fit
-        tells = fit.seconds(terms) >= SMALL * fit.seconds(fit.terms)
-        rested = tells and self.samples > 0 and now_s - self._told_at_s > self._retry_s
+        tells, weighs = self._tells(terms), fit.seconds(terms) >= SMALL * fit.seconds(fit.terms)
+        since_s = self._told_at_s if tells else self._seen_at_s
+        rested = weighs and self.samples > 0 and now_s - since_s > self._retry_s
         trial, believed = rested and self.fades, rested and seconds < fit.seconds(terms)
         self._fit = fit = observe(fit, terms, seconds, 1 if believed else SHIFT_AFTER)
         self.samples += 1
@@ -79,6 +80,14 @@ class _Live:
             self.borne_out += 1
             self._compare(trial)
         return borne_out
+
+    def _tells(self, terms: Vector) -> bool:
+        """Whether a request is not small. The constant is left out: where it is most of what a
+        typical one costs, a request of five tokens costs as much and tells nothing of it."""
+        fit = self._fit
+        constant = fit.coefficients()[0]
+        typical_s = fit.seconds(fit.terms) - constant * fit.terms[0]
+        return fit.seconds(terms) - constant * terms[0] >= SMALL * typical_s
 
     def _compare(self, trial: bool) -> None:
         """What is known with what it was at its best."""

@@ -18,6 +18,8 @@ from tests.waiting import await_that
 
 pytestmark = pytest.mark.real_model
 GENERATED = 300
+# What a lost decode replica had not read waits until its lease ends, which heartbeats prolonged.
+LEASE_S = 30.0
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "penalties": {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.1},
@@ -87,7 +89,7 @@ def test_streams_survive_the_death_of_their_decode_replica(pools: Cluster) -> No
         assert [stream.error for stream in streams] == [None] * len(streams)
         assert [stream.tokens for stream in streams] == truth
         pools.await_back("decode", 2, {dead})
-    pools.await_rest()
+    pools.await_rest(2.0 * LEASE_S)
     records = pools.get("/admin/decisions")["decisions"]
     carried = [r for r in records if r["plans"] > 1 and r["generated_tokens"] == GENERATED]
     assert carried
@@ -116,7 +118,7 @@ def test_streams_leave_a_decode_replica_that_hangs(pools: Cluster) -> None:
     finally:
         os.kill(pid, signal.SIGCONT)
     pools.await_back("decode", 2, set())
-    pools.await_rest()
+    pools.await_rest(2.0 * LEASE_S)
 
 
 def test_requests_survive_the_death_of_the_prefill_replica(pools: Cluster) -> None:

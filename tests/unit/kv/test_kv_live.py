@@ -93,6 +93,30 @@ def test_small_prompts_that_were_fast_are_not_what_long_ones_are_at_their_best()
         assert live.curve(now_s).seconds(3000, 0) == pytest.approx(true.seconds(3000, 0), rel=0.3)
 
 
+def test_small_prompts_tell_nothing_of_long_ones_where_the_constant_is_most_of_both() -> None:
+    """They cost about as much, and still bear out nothing."""
+    true = PrefillCurve(0.03, 8e-6, 5e-9)
+    live = LivePrefill(true)
+    assert not any(
+        live.saw(PrefillSample(5, 64, true.seconds(5, 64)), float(at_s)) for at_s in range(9)
+    )
+    assert live.saw(PrefillSample(900, 0, true.seconds(900, 0)), 9.0)
+
+
+def test_small_trials_of_a_slow_link_are_rare_too_where_the_constant_is_most_of_it() -> None:
+    """Each that fails doubles the time to the next."""
+    link, n_bytes, trials = LinkCurve(0.5, 1e-9), BYTES // 1000, 0
+    live = LiveLink(link, BYTES)
+    bad = TransferSample(n_bytes, 10.0 * link.seconds(n_bytes))
+    for at_s in range(4):
+        live.saw(bad, float(at_s))
+    for at_s in range(4, 3600):
+        if live.curve(at_s).seconds(n_bytes) < 2.0 * link.seconds(n_bytes):
+            live.saw(bad, float(at_s))
+            trials += 1
+    assert 4 <= trials <= 12
+
+
 def test_small_prompts_do_not_keep_a_replica_from_long_ones() -> None:
     """Whose tokens were dear is tried again, however many small prompts come meanwhile, which show
     nothing of it."""
