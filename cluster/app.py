@@ -86,7 +86,32 @@ def _engines(
     # Ray imports it on the replicas; here vLLM stays unloaded.
     from workers.deployment import EngineReplica
 
-    settings = ReplicaSettings(
+    deployment = serve.deployment(
+        EngineReplica,
+        name=role,
+        num_replicas=pool.replicas,
+        ray_actor_options=_resources(config, pool, model),
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=config.ingress.drain_s + _ENGINE_STOP_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=_START_TRIES,
+        max_surge_percent=_one_of(pool.replicas) if pool.surge else 0,
+        **_bundles(config, pool),
+    )
+    settings = _replica_settings(config, role, pool, model, scratch, secret)
+    return _Unbound(deployment, (APP, settings))
+
+
+def _replica_settings(
+    config: Config,
+    role: Role,
+    pool: Pool,
+    model: Path | str,
+    scratch: Path,
+    secret: bytes,
+) -> ReplicaSettings:
+    return ReplicaSettings(
         role=role,
         model=str(model),
         served_names=config.served_names,
@@ -105,20 +130,6 @@ def _engines(
         peer_keys=None if config.tiers.peer is None else peer_keys(secret),
         metrics_port=config.metrics.port,
     )
-    deployment = serve.deployment(
-        EngineReplica,
-        name=role,
-        num_replicas=pool.replicas,
-        ray_actor_options=_resources(config, pool, model),
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=config.ingress.drain_s + _ENGINE_STOP_S,
-        graceful_shutdown_wait_loop_s=0.2,
-        max_constructor_retry_count=_START_TRIES,
-        max_surge_percent=_one_of(pool.replicas) if pool.surge else 0,
-        **_bundles(config, pool),
-    )
-    return _Unbound(deployment, (APP, settings))
 
 
 def _one_of(replicas: int) -> int:
@@ -135,39 +146,6 @@ def _ingress(
     from cluster.deployment import IngressReplica
 
     section = config.ingress
-    settings = IngressSettings(
-        model=str(model),
-        served_names=config.served_names,
-        engine=engine_options(config, None),
-        host=section.host,
-        replica_host=config.host,
-        port=section.port,
-        secret=secret,
-        wanted=_wanted(config),
-        max_requests=section.max_requests,
-        max_body_bytes=section.max_body_bytes,
-        assumed_streams=config.router.assumed_streams,
-        compute_price=config.router.compute_price,
-        moving_price=config.router.moving_price,
-        policy=config.router.policy,
-        shadow=config.router.shadow,
-        batch=config.router.batch,
-        session_slack=config.router.session_slack,
-        fetch_tokens=config.router.fetch_tokens,
-        overrun=config.router.overrun,
-        retry_s=config.router.retry_s,
-        hysteresis=config.router.hysteresis,
-        displaced_price=config.router.displaced_price,
-        explore=config.router.explore,
-        drain_s=section.drain_s,
-        request_timeout_s=section.request_timeout_s,
-        keys_file=_resolved(section.keys_file),
-        curves_file=str(kept_curves(model)),
-        gates=verdicts.gates(config, model),
-        tls_cert_file=_resolved(section.tls_cert_file),
-        tls_key_file=_resolved(section.tls_key_file),
-        audit=_audit(config),
-    )
     deployment = serve.deployment(
         IngressReplica,
         name="ingress",
@@ -183,7 +161,44 @@ def _ingress(
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=_START_TRIES,
     )
-    return _Unbound(deployment, (APP, settings))
+    return _Unbound(deployment, (APP, _ingress_settings(config, model, secret)))
+
+
+def _ingress_settings(config: Config, model: Path | str, secret: bytes) -> IngressSettings:
+    section, router = config.ingress, config.router
+    return IngressSettings(
+        model=str(model),
+        served_names=config.served_names,
+        engine=engine_options(config, None),
+        host=section.host,
+        replica_host=config.host,
+        port=section.port,
+        secret=secret,
+        wanted=_wanted(config),
+        max_requests=section.max_requests,
+        max_body_bytes=section.max_body_bytes,
+        assumed_streams=router.assumed_streams,
+        compute_price=router.compute_price,
+        moving_price=router.moving_price,
+        policy=router.policy,
+        shadow=router.shadow,
+        batch=router.batch,
+        session_slack=router.session_slack,
+        fetch_tokens=router.fetch_tokens,
+        overrun=router.overrun,
+        retry_s=router.retry_s,
+        hysteresis=router.hysteresis,
+        displaced_price=router.displaced_price,
+        explore=router.explore,
+        drain_s=section.drain_s,
+        request_timeout_s=section.request_timeout_s,
+        keys_file=_resolved(section.keys_file),
+        curves_file=str(kept_curves(model)),
+        gates=verdicts.gates(config, model),
+        tls_cert_file=_resolved(section.tls_cert_file),
+        tls_key_file=_resolved(section.tls_key_file),
+        audit=_audit(config),
+    )
 
 
 def _wanted(config: Config) -> dict[str, int]:

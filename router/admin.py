@@ -52,104 +52,120 @@ class ResetOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replica: str
 
 
-def admin_app(
-    fleet: Fleet,
-    decisions: Decisions,
-    registry: CollectorRegistry,
-    keys: KeyRing | None,
-    policies: PolicyAdmin,
-    salter: Salter,
-    vault: VaultView,
-    probing: Probing,
-    directory: TargetDirectory,
-) -> Starlette:
+class Admin:
     """The small app in front of vLLM's; with `keys`, /admin needs an admin key."""
-    others = Targets(directory)
 
-    async def healthz(_: Request) -> Response:
+    def __init__(
+        self,
+        fleet: Fleet,
+        decisions: Decisions,
+        registry: CollectorRegistry,
+        keys: KeyRing | None,
+        policies: PolicyAdmin,
+        salter: Salter,
+        vault: VaultView,
+        probing: Probing,
+        directory: TargetDirectory,
+    ) -> None:
+        self._fleet, self._decisions, self._registry = fleet, decisions, registry
+        self._keys, self._policies, self._salter = keys, policies, salter
+        self._vault, self._probing, self._others = vault, probing, Targets(directory)
+
+    def app(self) -> Starlette:
+        """What answers under `PATHS`."""
+        return Starlette(
+            routes=[
+                *(Route(path, answer) for path, answer in self._open().items()),
+                *(Route(path, self._locked(answer)) for path, answer in self._read().items()),
+                *(
+                    Route(path, self._locked(answer), methods=["POST"])
+                    for path, answer in self._changed().items()
+                ),
+            ]
+        )
+
+    def _open(self) -> dict[str, Answer]:
+        return {
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/metrics": self._metrics,
+            "/metrics/targets": self._targets,
+        }
+
+    def _read(self) -> dict[str, Answer]:
+        return {
+            "/admin/replicas": self._replicas,
+            "/admin/decisions": self._decisions.answer,
+            "/admin/curves": self._curves,
+            "/admin/policy": self._policies.policy,
+            "/admin/shadow": self._policies.shadow,
+        }
+
+    def _changed(self) -> dict[str, Answer]:
+        open_to_all = self._keys is None
+        tenant, replica = '{"tenant": "acme"}', '{"replica": "decode-0"}'
+        return {
+            "/admin/policy": changing(Change, self._policies.order, open_to_all, EXAMPLE),
+            "/admin/curves": changing(ProbeOrder, self._probe, open_to_all, '{"budget_s": 5}'),
+            "/admin/forget": changing(ForgetOrder, self._forget, open_to_all, tenant),
+            "/admin/reset": changing(ResetOrder, self._reset, open_to_all, replica),
+        }
+
+    async def _healthz(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")
 
-    async def readyz(_: Request) -> Response:
-        ready = fleet.ready()
+    async def _readyz(self, _: Request) -> Response:
+        ready = self._fleet.ready()
         return PlainTextResponse("ready\n" if ready else "no working path\n", 200 if ready else 503)
 
-    async def metrics(_: Request) -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    async def _metrics(self, _: Request) -> Response:
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def targets(_: Request) -> Response:
-        found = await others.with_others([*targets_of(fleet.members()), *vault.targets()])
+    async def _targets(self, _: Request) -> Response:
+        own = [*targets_of(self._fleet.members()), *self._vault.targets()]
+        found = await self._others.with_others(own)
         if found is None:  # Prometheus goes on with what it knows
             return PlainTextResponse("the directory does not answer\n", 503)
         return Response(msgspec.json.encode(found), media_type="application/json")
 
-    async def replicas(_: Request) -> Response:
-        rows = [replica_row(fleet, member) for member in fleet.members()]
-        catalogue = catalogue_row(fleet.line)
-        return JSONResponse({"replicas": rows, "catalogue": catalogue, "vault": vault.rows()})
+    async def _replicas(self, _: Request) -> Response:
+        rows = [replica_row(self._fleet, member) for member in self._fleet.members()]
+        catalogue = catalogue_row(self._fleet.line)
+        vault = self._vault.rows()
+        return JSONResponse({"replicas": rows, "catalogue": catalogue, "vault": vault})
 
-    async def curves(request: Request) -> Response:
+    async def _curves(self, request: Request) -> Response:
         points = request.query_params.get("points", "") in ("1", "true")
-        return JSONResponse(curves_of(fleet, points))
+        return JSONResponse(curves_of(self._fleet, points))
 
-    async def probe(order: ProbeOrder) -> Response:
-        counted = await probing.probe(order.budget_s)
+    async def _probe(self, order: ProbeOrder) -> Response:
+        counted = await self._probing.probe(order.budget_s)
         names = ("computed", "handed_off", "skipped")
         return JSONResponse({name: counted[name] for name in names})
 
-    async def forget_tenant(order: ForgetOrder) -> Response:
-        outcomes = await forget(fleet.members(), salter.tags(order.tenant))
+    async def _forget(self, order: ForgetOrder) -> Response:
+        outcomes = await forget(self._fleet.members(), self._salter.tags(order.tenant))
         return JSONResponse(forgotten_report(order.tenant, outcomes))
 
-    async def reset_replica(order: ResetOrder) -> Response:
-        member = fleet.member(order.replica)
+    async def _reset(self, order: ResetOrder) -> Response:
+        member = self._fleet.member(order.replica)
         if member is None:
             message = f"no replica {order.replica} is up; `breakeven status` lists them"
             return JSONResponse({"error": {"message": message, "code": 404}}, 404)
         member.reset()
         return JSONResponse({"replica": order.replica, "state": "asked"}, 202)
 
-    routes = {
-        "/healthz": healthz,
-        "/readyz": readyz,
-        "/metrics": metrics,
-        "/metrics/targets": targets,
-        "/admin/replicas": replicas,
-        "/admin/decisions": decisions.answer,
-        "/admin/curves": curves,
-        "/admin/policy": policies.policy,
-        "/admin/shadow": policies.shadow,
-    }
-    open_to_all = keys is None
-    changes = {
-        "/admin/policy": changing(Change, policies.order, open_to_all, EXAMPLE),
-        "/admin/curves": changing(ProbeOrder, probe, open_to_all, '{"budget_s": 5}'),
-        "/admin/forget": changing(ForgetOrder, forget_tenant, open_to_all, '{"tenant": "acme"}'),
-        "/admin/reset": changing(ResetOrder, reset_replica, open_to_all, '{"replica": "decode-0"}'),
-    }
-    return Starlette(
-        routes=[
-            *(
-                Route(path, _locked(answer, keys), methods=["POST"])
-                for path, answer in changes.items()
-            ),
-            *(
-                Route(path, _locked(answer, keys) if path.startswith("/admin") else answer)
-                for path, answer in routes.items()
-            ),
-        ]
-    )
+    def _locked(self, answer: Answer) -> Answer:
+        """`answer` for those who have an admin key."""
+        keys = self._keys
+        if keys is None:
+            return answer
 
+        async def checked(request: Request) -> Response:
+            try:
+                keys.check_admin(bearer(request.scope))
+            except AccessError as error:
+                return JSONResponse({"error": {"message": str(error), "code": 401}}, 401)
+            return await answer(request)
 
-def _locked(answer: Answer, keys: KeyRing | None) -> Answer:
-    """`answer` for those who have an admin key."""
-    if keys is None:
-        return answer
-
-    async def checked(request: Request) -> Response:
-        try:
-            keys.check_admin(bearer(request.scope))
-        except AccessError as error:
-            return JSONResponse({"error": {"message": str(error), "code": 401}}, 401)
-        return await answer(request)
-
-    return checked
+        return checked

@@ -18,7 +18,7 @@ from vllm.entrypoints.launchers.app import build_app
 
 from router import curve_book
 from router.access import KeyRing
-from router.admin import PATHS, admin_app
+from router.admin import PATHS, Admin
 from router.admission import Admission
 from router.asgi import App, Receive, Scope, Send
 from router.audit import Audit
@@ -88,20 +88,10 @@ class Ingress:
         # The loop's own clock, but finer: uvloop tells whole milliseconds, and to its thread alone.
         now = time.monotonic
         self._keys = KeyRing(Path(settings.keys_file), now) if settings.keys_file else None
-
-        def link(replica: Replica, member: Member) -> Link:
-            return connect(replica.address, name, member)
-
         self._curves = Path(settings.curves_file) if settings.curves_file else None
-        book = curve_book.read(self._curves) if self._curves else curve_book.Book()
-        expects = settings.wanted[Role.PREFILL] > 0
-        rng, retry_s = random.Random(), settings.retry_s
-        self.fleet = Fleet(directory, link, line, warm_body(), now, rng, expects, book, retry_s)
+        self.fleet = self._followed(name, directory, connect, now)
         self.registry = registry = CollectorRegistry()
-        for collector in (FleetMetrics, ReplicaMetrics, CurveMetrics):
-            registry.register(collector(self.fleet))
-        registry.register(PoolMetrics(self.fleet, vault, settings.wanted))
-        registry.register(vault)
+        self._register()
         self._in_force, shadow = InForce(Order(settings.policy, settings.shadow), orders), Shadow()
         registry.register(PolicyMetrics(self._in_force.order, shadow))
         scribe = Scribe(Pseudonyms(settings.secret), settings.served_names[0], now, time.time)
@@ -113,18 +103,8 @@ class Ingress:
         room = room_metrics.room = Room(self.fleet, settings.batch, now, room_metrics)
         admission = Admission(settings.max_requests)
         self._admissions = room.admissions(admission)
-        prices = Prices(
-            settings.assumed_streams,
-            settings.compute_price,
-            settings.moving_price,
-            settings.session_slack,
-            settings.fetch_tokens,
-            settings.overrun,
-            settings.hysteresis,
-            settings.displaced_price,
-        )
         explorer = Explorer(settings.explore, now, random.Random())
-        planner = Planner(self.fleet, prices, self._in_force.order, explorer)
+        planner = Planner(self.fleet, _prices(settings), self._in_force.order, explorer)
         pipeline = Pipeline(self.fleet, planner, shadow, admission, audit, now, room)
         salter = Salter(settings.secret, self._keys is not None, settings.gates)
         self._client = ClusterClient(config, pipeline, salter)
@@ -132,7 +112,26 @@ class Ingress:
         probing = Probing(self.fleet, warm_body(), random.Random(), now)
         decisions = Decisions(audit.records, scribe)
         told = (self.fleet, decisions, registry, self._keys, policies, salter, vault, probing)
-        self._admin = admin_app(*told, targets)
+        self._admin = Admin(*told, targets).app()
+
+    def _followed(
+        self, name: str, directory: Directory, connect: Connect, now: Callable[[], float]
+    ) -> Fleet:
+        """The replicas, with what earlier clusters knew of them."""
+
+        def link(replica: Replica, member: Member) -> Link:
+            return connect(replica.address, name, member)
+
+        book = curve_book.read(self._curves) if self._curves else curve_book.Book()
+        expects, retry_s = self._settings.wanted[Role.PREFILL] > 0, self._settings.retry_s
+        rng = random.Random()
+        return Fleet(directory, link, self._line, warm_body(), now, rng, expects, book, retry_s)
+
+    def _register(self) -> None:
+        for collector in (FleetMetrics, ReplicaMetrics, CurveMetrics):
+            self.registry.register(collector(self.fleet))
+        self.registry.register(PoolMetrics(self.fleet, self._vault, self._settings.wanted))
+        self.registry.register(self._vault)
 
     async def check_health(self) -> None:
         """Raise once requests would no longer be answered."""
@@ -196,6 +195,19 @@ class Ingress:
             await (self._admin if ours else guard)(scope, receive, send)
 
         return app
+
+
+def _prices(settings: IngressSettings) -> Prices:
+    return Prices(
+        settings.assumed_streams,
+        settings.compute_price,
+        settings.moving_price,
+        settings.session_slack,
+        settings.fetch_tokens,
+        settings.overrun,
+        settings.hysteresis,
+        settings.displaced_price,
+    )
 
 
 def _server(app: App, settings: IngressSettings) -> QuietServer:

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 from starlette.applications import Starlette
 
-from router.admin import admin_app
+from router.admin import Admin
 from router.catalogue.metrics import CatalogueMetrics
 from router.catalogue.wire import Beat
 from router.decisions import Decisions
@@ -43,7 +43,7 @@ class Nobody:
 
 
 def _app(directory: OneIngress) -> Starlette:
-    return admin_app(
+    return Admin(
         cast(Fleet, Nobody()),
         Decisions((), cast(Scribe, None)),
         CollectorRegistry(),
@@ -53,7 +53,7 @@ def _app(directory: OneIngress) -> Starlette:
         VaultView(cast(ShardDirectory, None)),
         cast(Probing, None),
         directory,
-    )
+    ).app()
 
 
 async def _told(app: Starlette) -> httpx.Response:

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from router.access import KeyRing, digest
-from router.admin import admin_app
+from router.admin import Admin
 from router.changes import changing
 from router.decisions import Decisions
 from router.entry import Scribe
@@ -225,7 +225,7 @@ async def test_with_keys_only_the_admin_key_orders(store: Store, tmp_path: Path)
     decisions, salter = Decisions((), cast(Scribe, None)), Salter(b"s", True)
     probing, others = cast(Probing, None), cast(TargetDirectory, None)
     told = (ring, admin, salter, vault, probing, others)
-    app = admin_app(fleet, decisions, CollectorRegistry(), *told)
+    app = Admin(fleet, decisions, CollectorRegistry(), *told).app()
     base = "https://cluster.example.com"
     order = {"policy": "least_loaded"}
     transport = httpx.ASGITransport(app)

@@ -7,7 +7,7 @@ from typing import cast
 import httpx
 from prometheus_client import CollectorRegistry
 
-from router.admin import admin_app
+from router.admin import Admin
 from router.decisions import Decisions
 from router.entry import Scribe
 from router.fleet import Fleet
@@ -51,7 +51,7 @@ class OneReplica:
 async def test_the_replica_that_is_named_hears_of_it() -> None:
     """And of one that is not there the answer says so; other words are refused."""
     link = NotingLink()
-    app = admin_app(
+    app = Admin(
         cast(Fleet, OneReplica(link)),
         Decisions((), cast(Scribe, None)),
         CollectorRegistry(),
@@ -61,7 +61,7 @@ async def test_the_replica_that_is_named_hears_of_it() -> None:
         cast(VaultView, None),
         cast(Probing, None),
         cast(TargetDirectory, None),
-    )
+    ).app()
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         gone = await client.post("/admin/reset", json={"replica": "decode-1"})
