@@ -24,6 +24,8 @@ LINK_TERMS = ((1,), (0, 1), (0,))
 TIE = 1e-12
 # Columns of unit length with a smaller ratio of singular values count as collinear.
 COLLINEAR = 1e-9
+# No memory moves as much as this: a byte that costs less costs nothing that was measured.
+MOST_BYTES_PER_S = 1e13
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,12 @@ class LinkCurve:
 
     def __post_init__(self) -> None:
         _check_cost("link curve", astuple(self))
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """None where bytes cost too little beside the latency to have been measured."""
+        measured = self.per_byte_s * MOST_BYTES_PER_S >= 1.0
+        return 1.0 / self.per_byte_s if measured else None
 
     def seconds(self, n_bytes: int) -> float:
         """Seconds to move `n_bytes`; the latency alone for none."""

@@ -85,7 +85,7 @@ def _link(link: LinkCurve, samples: int, receiver: Member | None) -> dict[str, A
         crossover = crossover_tokens(receiver.speed.curve, link, token_bytes)
     return {
         "latency_s": link.latency_s,
-        "bytes_per_s": None if link.per_byte_s == 0 else 1 / link.per_byte_s,
+        "bytes_per_s": link.bytes_per_s,
         "samples": samples,
         "crossover_tokens": None if crossover is None else round(crossover, 1),
     }

@@ -9,6 +9,7 @@ from router.catalogue.wire import Line
 from router.fleet import Fleet
 from router.forget import Outcome
 from router.member import Member, tier_bytes
+from router.tier_curves import curve_of
 
 
 def replica_row(fleet: Fleet, member: Member) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def _tier(member: Member, tier: Tier) -> dict[str, Any]:
         "unnamed_blocks": told.unnamed,
         "bytes": tier_bytes(member, tier),
         "latency_s": told.latency_s,
-        "bytes_per_s": None if told.per_byte_s == 0 else 1 / told.per_byte_s,
+        "bytes_per_s": curve_of(told).bytes_per_s,
     }
 
 

@@ -135,6 +135,13 @@ def test_time_that_falls_with_size_is_a_fixed_cost() -> None:
     assert 1.0 <= curve.latency_s <= 2.0
 
 
+def test_bytes_that_cost_next_to_nothing_have_no_bandwidth() -> None:
+    """What a refit leaves of a coefficient of 0 is no figure to show."""
+    assert LinkCurve(0.055, 7.9e-15).bytes_per_s is None
+    assert LinkCurve(0.055, 0.0).bytes_per_s is None
+    assert LinkCurve(0.055, 4e-12).bytes_per_s == pytest.approx(250e9)
+
+
 def test_empty_transfers_measure_the_latency() -> None:
     """Samples of no bytes give a fixed cost alone."""
     assert astuple(fit_link([TransferSample(0, 0.25)])) == pytest.approx(
