@@ -123,7 +123,8 @@ def commit() -> str:
     outside = ("--", ".", ":!benchmarks/*/results/*")
     changes = _git("diff", "HEAD", *outside)
     for name in _git("ls-files", "--others", "--exclude-standard", *outside).splitlines():
-        changes += name + (ROOT / name).read_text(errors="replace")
+        path = ROOT / name
+        changes += name + (path.read_text(errors="replace") if path.is_file() else "")
     return f"{head}+{sha256(changes.encode()).hexdigest()[:8]}" if changes else head
 
 

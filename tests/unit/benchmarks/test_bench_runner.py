@@ -1,6 +1,7 @@
 """How a benchmark goes through its parts."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,16 @@ def test_unknown_parts_are_refused(suite: Suite, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit):
         run(suite, monkeypatch, "--only", "good,other")
     assert not (suite.folder / "good.ran").exists()
+
+
+def test_a_link_to_a_folder_is_a_change_as_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that git does not know, such as to an environment elsewhere, has no text to read."""
+    monkeypatch.setattr(result, "ROOT", tmp_path)
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c")
+    for words in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "first")):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    clean = result.commit()
+    (tmp_path / "elsewhere").symlink_to("/")
+    assert result.commit().startswith(f"{clean}+")
