@@ -25,14 +25,17 @@ from workers.vault.keys import client_keys, shard_keys
 from workers.vault.pages import FORMAT
 from workers.vault.process import ShardSettings
 
-# Serve asks this often whether a replica is well, and this long waits for the answer: a CPU
-# engine that computes a long chunk may be slow to give it.
-_HEALTH_PERIOD_S = 5.0
-_HEALTH_TIMEOUT_S = 30.0
 # Beyond the ingress's drain: an engine outlives the requests that it still serves.
 _ENGINE_STOP_S = 15.0
-# A replica that could not start twice will not start.
-_START_TRIES = 2
+# Of every deployment. Serve asks this often whether a replica is well, and this long waits for the
+# answer: a CPU engine that computes a long chunk may be slow to give it. A replica that could not
+# start twice will not start.
+_ALIKE: dict[str, Any] = {
+    "health_check_period_s": 5.0,
+    "health_check_timeout_s": 30.0,
+    "graceful_shutdown_wait_loop_s": 0.2,
+    "max_constructor_retry_count": 2,
+}
 # Of a vault's files on disk.
 _SEGMENT_BYTES = 64 << 20
 
@@ -91,12 +94,9 @@ def _engines(
         name=role,
         num_replicas=pool.replicas,
         ray_actor_options=_resources(config, pool, model),
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=config.ingress.drain_s + _ENGINE_STOP_S,
-        graceful_shutdown_wait_loop_s=0.2,
-        max_constructor_retry_count=_START_TRIES,
         max_surge_percent=_one_of(pool.replicas) if pool.surge else 0,
+        **_ALIKE,
         **_bundles(config, pool),
     )
     settings = _replica_settings(config, role, pool, model, scratch, secret)
@@ -155,11 +155,8 @@ def _ingress(
             "resources": dict(section.resources or beside),
             "runtime_env": {"env_vars": environment(config, model, 1)},
         },
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=section.drain_s + 5,
-        graceful_shutdown_wait_loop_s=0.2,
-        max_constructor_retry_count=_START_TRIES,
+        **_ALIKE,
     )
     return _Unbound(deployment, (APP, _ingress_settings(config, model, secret)))
 
@@ -240,11 +237,8 @@ def _catalogue(config: Config, secret: bytes, beside: Mapping[str, float]) -> _U
         },
         # A second one on a node would only follow the same blocks; it is for the next node.
         max_replicas_per_node=1 if section.replicas > 1 else None,
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=5,
-        graceful_shutdown_wait_loop_s=0.2,
-        max_constructor_retry_count=_START_TRIES,
+        **_ALIKE,
     )
     # It may be on a node that has an engine, too.
     metrics_port = None if config.metrics.port is None else config.metrics.port + 1
@@ -270,11 +264,8 @@ def _vault(config: Config, secret: bytes) -> _Unbound | None:
         name="vault",
         num_replicas=section.shards,
         ray_actor_options={"num_cpus": section.cpus, "resources": section.resources},
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=5,
-        graceful_shutdown_wait_loop_s=0.2,
-        max_constructor_retry_count=_START_TRIES,
+        **_ALIKE,
     )
     return _Unbound(deployment, (APP, settings, config.metrics.port))
 
